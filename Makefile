@@ -1,0 +1,37 @@
+# make story   a minute-long video from examples/story.yaml, in out/
+# make test    lint, type check and all tests
+# make setup   only the environment, in .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+# No question about newer versions of pip, no build environment of its own: works without a network
+# once everything is installed.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := setup
+.PHONY: setup story test lint
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# PyTorch first and by itself: its exact version takes the build that suits the machine.
+	$(INSTALL) torch
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+story: setup
+	$(BIN)/streamvid generate examples/story.yaml -o out/story.mp4 --contact-sheet
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest

@@ -1,0 +1,244 @@
+"""The diffusers-style pipeline. `pipe.stream(script)` is the engine; `pipe(...)` is a loop over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from PIL import Image
+from streamvid.pipelines.pipeline_output import StreamVidPipelineOutput
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from streamvid.errors import UserError
+from streamvid.methods import Method, load_method
+from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
+from streamvid.schedule import FewStepFlowScheduler
+from streamvid.script import MAX_PROMPT_CHARACTERS, Script, load_script, timeline
+from streamvid.stream import PromptChange, VideoStream
+from streamvid.text import encode_prompts
+from streamvid.transformer import CausalWanTransformer3DModel
+
+NOISE_ORDERS = ("seeded", "reference")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class StreamVidPipeline(DiffusionPipeline):
+    """Text to endless video, block by block.
+
+    Args:
+        tokenizer, text_encoder, transformer, vae, scheduler: the model's parts.
+        method: preset the model was made for (`configs/methods`), used where a caller names none.
+        fps: frames per second of the videos the model was trained on.
+        height, width: pixel size it was trained on.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        transformer: CausalWanTransformer3DModel,
+        vae: AutoencoderKLWan,
+        scheduler: FewStepFlowScheduler,
+        method: str = "longlive",
+        fps: float = 16.0,
+        height: int = 480,
+        width: int = 832,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+        )
+        self.register_to_config(method=method, fps=fps, height=height, width=width)
+
+    @property
+    def temporal_ratio(self) -> int:
+        """Pixel frames per latent frame."""
+        return 2 ** sum(self.vae.config.temperal_downsample)
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels per latent row or column."""
+        return 2 ** len(self.vae.config.temperal_downsample) * (self.vae.config.patch_size or 1)
+
+    def check_prompts(self, prompt: str | Sequence[str]) -> tuple[str, ...]:
+        """One or several prompts as a tuple.
+
+        Raises:
+            UserError: one is empty or too long.
+        """
+        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        for text in prompts:
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"prompt = {text!r} is empty: say what the video shall show")
+            if len(text) > MAX_PROMPT_CHARACTERS:
+                raise UserError(
+                    f"prompt = {text[:30]!r}... has {len(text)} characters: shorten it to {MAX_PROMPT_CHARACTERS}"
+                )
+        return prompts
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
+        """Text embeddings `[B, text_len, D]`."""
+        return encode_prompts(
+            self.tokenizer, self.text_encoder, self.check_prompts(prompt), self.transformer.config.text_len
+        )
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Latent rows and columns of a pixel size (default: the model's).
+
+        Raises:
+            UserError: the size does not fill the patches.
+        """
+        size = []
+        for name, value, axis in (
+            ("height", height or self.config.height, 1),
+            ("width", width or self.config.width, 2),
+        ):
+            unit = self.spatial_ratio * self.transformer.config.patch_size[axis]
+            if value <= 0 or value % unit:
+                raise UserError(
+                    f"{name} = {value} must be a positive multiple of {unit}, e.g. {max(unit, round(value / unit) * unit)}"
+                )
+            size.append(value // self.spatial_ratio)
+        return size[0], size[1]
+
+    def stream(
+        self,
+        script: Script | str | Sequence[str],
+        *,
+        method: str | Method | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        seed: int | Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        blocks: int | None = None,
+        noise: str | NoiseSource = "seeded",
+        attention: str = "auto",
+        decode_pixels: bool = True,
+    ) -> VideoStream:
+        """Start a stream.
+
+        Args:
+            script: a `Script` (or its path or one-line form with durations), which ends by itself; or a plain prompt
+                or list of prompts (one video each), which never ends unless `blocks` is given.
+            method: a preset's name or a `Method`; default: the script's, else the model's.
+            overrides: single options of the method, on top of the script's.
+            seed: of the noise, one number (video i of a batch uses seed + i) or one per video.
+            height, width, fps: of the video; default: the script's, else the model's.
+            blocks: stop after so many blocks.
+            noise: `seeded` (from seed, block and step), `reference` (the releases' draw order), or a noise source.
+            attention: attention backend; decode_pixels: False leaves `chunk.videos` empty.
+        """
+        plan = self._as_script(script)
+        if plan is not None:
+            first_shot = plan.shots[0]
+            prompts = self.check_prompts(first_shot.prompt)
+            method = method or plan.method
+            overrides = {**plan.overrides, **(overrides or {})}
+            seed = plan.seed if seed is None else seed
+            height, width, fps = height or plan.height, width or plan.width, fps or plan.fps
+            first = PromptChange(prompts, None, first_shot.seed, first_shot.overrides)
+        else:
+            prompts = self.check_prompts(script)  # type: ignore[arg-type]
+            first = PromptChange(prompts)
+        chosen = method if isinstance(method, Method) else load_method(method or self.config.method)
+        chosen = chosen.with_overrides(overrides or {})
+        fps = fps or self.config.fps
+        shots = None if plan is None else timeline(plan, fps, chosen.frames_per_block, self.temporal_ratio, chosen.transition)
+        size = self.latent_size(height, width)
+        frames = (
+            None
+            if shots is None and blocks is None
+            else (shots.blocks if shots else blocks) * chosen.frames_per_block
+        )
+        source = self._noise(noise, seed, len(prompts), frames, (self.transformer.config.in_channels, *size))
+        return VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
+
+    def _as_script(self, script: Script | str | Sequence[str]) -> Script | None:
+        if isinstance(script, Script):
+            return script
+        if isinstance(script, str) and (
+            "[" in script or "|" in script or script.endswith((".yaml", ".yml", ".json", ".jsonl", ".txt"))
+        ):
+            return load_script(script)
+        return None
+
+    def _noise(
+        self, noise, seed, batch: int, frames: int | None, frame_shape: tuple[int, int, int]
+    ) -> NoiseSource:
+        if callable(noise):
+            return noise
+        seed = 0 if seed is None else seed
+        if noise == "seeded":
+            seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
+            if len(seeds) != batch:
+                raise UserError(
+                    f"seed = {seeds} has {len(seeds)} numbers for {batch} videos: give one per video"
+                )
+            return SeededNoise(seeds, frame_shape)
+        if noise == "reference":
+            if frames is None:
+                raise UserError(
+                    "noise = 'reference' needs a known length: give blocks or a script with durations"
+                )
+            if not isinstance(seed, int):
+                raise UserError(f"seed = {seed} must be one number with noise = 'reference'")
+            return ReferenceNoise(seed, batch, frames, frame_shape, self.transformer.device)
+        raise UserError(f"noise = {noise!r} is not known: choose one of {', '.join(NOISE_ORDERS)}")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | Script,
+        num_frames: int | None = None,
+        *,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **options: Any,
+    ) -> StreamVidPipelineOutput | tuple[Any]:
+        """Whole videos in memory: at least `num_frames` pixel frames are generated, exactly that many returned.
+
+        Args:
+            prompt: as in `stream`; a script brings its own length.
+            num_frames: pixel frames, default 81 (5 s at 16 fps).
+            output_type: `pil`, `np`, `pt` or `latent` (see `StreamVidPipelineOutput`).
+            options: those of `stream`.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(
+                f"output_type = {output_type!r} is not known: choose one of {', '.join(OUTPUT_TYPES)}"
+            )
+        if num_frames is not None and num_frames < 1:
+            raise UserError(f"num_frames = {num_frames} must be at least 1")
+        script = self._as_script(prompt)
+        stream = self.stream(
+            prompt if script is None else script, decode_pixels=output_type != "latent", **options
+        )
+        if script is None:
+            latent_frames = 1 + -(-((num_frames or 81) - 1) // self.temporal_ratio)
+            stream.blocks = -(-latent_frames // stream.method.frames_per_block)
+        with self.progress_bar(total=stream.blocks) as bar:
+            chunks = []
+            for chunk in stream:
+                chunks.append(chunk)
+                bar.update()
+        frames = self._gather(chunks, num_frames if script is None else None, output_type)
+        return StreamVidPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _gather(self, chunks, num_frames: int | None, output_type: str):
+        if output_type == "latent":
+            return torch.cat([chunk.latents for chunk in chunks], dim=2)
+        videos = np.concatenate([chunk.videos for chunk in chunks], axis=1)[:, : num_frames or None]
+        if output_type == "pil":
+            return [[Image.fromarray(frame) for frame in video] for video in videos]
+        scaled = videos.astype(np.float32) / 255
+        return scaled if output_type == "np" else torch.from_numpy(scaled).permute(0, 1, 4, 2, 3)

@@ -1,0 +1,205 @@
+"""The command line. Mistakes of the user end in one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from streamvid.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0 done, 1 failed check, 2 user mistake, 130 interrupted)."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"streamvid: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("streamvid: interrupted; what was written so far is kept", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="streamvid", description="Streaming autoregressive video diffusion.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_script(commands)
+    _add_info(commands)
+    _add_train(commands)
+    _add_parity(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add_generate(commands) -> None:
+    command = commands.add_parser("generate", help="make a video from a script of timed prompts")
+    command.add_argument("script", help='a script file, or "a fox walks [5s] | it snows [10s] | # a city [8s]"')
+    command.add_argument(
+        "-o", "--output", default="out/video.mp4", help=".mp4, .gif, .webp or a folder of PNGs (%(default)s)"
+    )
+    command.add_argument("--model", help="embedded model, folder or hub id (default: the script's, else diorama)")
+    command.add_argument("--method", help="preset (default: the script's, else the model's)")
+    command.add_argument("--seed", type=int, help="seed of the noise (default: the script's, else 0)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="override an option of the method, e.g. sink=0"
+    )
+    command.add_argument("--height", type=int, help="pixels (default: the script's, else the model's)")
+    command.add_argument("--width", type=int)
+    command.add_argument("--fps", type=float)
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    command.add_argument("--noise", default="seeded", help="seeded, or reference (the releases' draw order)")
+    command.add_argument("--attention", default="auto", help="attention backend (see streamvid info)")
+    command.add_argument("--crf", type=int, help="quality of an MP4: lower is better (default 18)")
+    command.add_argument(
+        "--contact-sheet", nargs="?", const="", metavar="PNG", help="also a PNG with a frame every two seconds"
+    )
+    command.add_argument("--quiet", action="store_true", help="no timeline and no progress bar")
+    command.set_defaults(run=_generate)
+
+
+def _generate(options) -> None:
+    from streamvid.methods import OPTION_NAMES
+    from streamvid.script import load_script
+
+    script = load_script(options.script, options=OPTION_NAMES)
+    _print_notes(script)
+    sheet = options.contact_sheet
+    if sheet == "":
+        output = Path(options.output)
+        sheet = output.parent / f"{output.stem}_contact_sheet.png"
+
+    from streamvid.generate import generate
+
+    path = generate(
+        script,
+        options.output,
+        model=options.model,
+        method=options.method,
+        overrides=parse_assignments(options.set),
+        seed=options.seed,
+        height=options.height,
+        width=options.width,
+        fps=options.fps,
+        device=options.device,
+        dtype=options.dtype,
+        noise=options.noise,
+        attention=options.attention,
+        crf=options.crf,
+        contact_sheet=sheet,
+        quiet=options.quiet,
+    )
+    if not options.quiet:
+        print(f"wrote {path}" + (f" and {sheet}" if sheet else ""))
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict:
+    """`["sink=0", "denoising_steps=[1000, 500]"]` to a dictionary, values read as YAML."""
+    values = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {assignment!r} must have the form OPTION=VALUE, e.g. sink=0")
+        try:
+            values[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment!r} has a value that cannot be read: quote it") from None
+    return values
+
+
+def _add_script(commands) -> None:
+    command = commands.add_parser("script", help="work with scripts")
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="read a script and print when each shot really starts")
+    check.add_argument("script")
+    check.add_argument("--fps", type=float, help="frames per second (default: the script's, else 16)")
+    check.add_argument("--frames-per-block", type=int, default=3)
+    check.add_argument("--yaml", action="store_true", help="print the script in the YAML form instead")
+    check.set_defaults(run=_check_script)
+    schema = actions.add_parser("schema", help="print the JSON Schema of scripts")
+    schema.set_defaults(run=_print_schema)
+
+
+def _check_script(options) -> None:
+    from streamvid.methods import OPTION_NAMES
+    from streamvid.script import format_timeline, load_script, timeline, to_yaml
+
+    script = load_script(options.script, options=OPTION_NAMES)
+    _print_notes(script)
+    if options.yaml:
+        print(to_yaml(script), end="")
+        return
+    print(format_timeline(timeline(script, options.fps or script.fps or 16.0, options.frames_per_block)))
+
+
+def _print_schema(options) -> None:
+    import json
+
+    from streamvid.script import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _print_notes(script) -> None:
+    for note in script.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _add_info(commands) -> None:
+    command = commands.add_parser("info", help="versions, device, backends, models; or what one model knows")
+    command.add_argument("model", nargs="?", help="an embedded model")
+    command.set_defaults(run=_info)
+
+
+def _info(options) -> None:
+    from streamvid.info import model_details, overview
+
+    print(model_details(options.model) if options.model else overview())
+
+
+def _add_train(commands) -> None:
+    command = commands.add_parser("train", help="train what a configuration describes, or go on with it")
+    command.add_argument("config", help="a YAML file, see configs/train")
+    command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="e.g. trainer.steps=100")
+    command.add_argument("--processes", type=int, default=1, help="data-parallel processes on this machine")
+    command.set_defaults(run=_train)
+
+
+def _train(options) -> None:
+    from streamvid.training.run import train
+
+    train(options.config, options.overrides, processes=options.processes)
+
+
+def _add_parity(commands) -> None:
+    command = commands.add_parser("parity", help="run recorded reference cases and print the error of every tensor")
+    command.add_argument("folders", nargs="+", metavar="CASE_FOLDER")
+    command.set_defaults(run=_parity)
+
+
+def _parity(options) -> int:
+    from streamvid.parity import main as parity
+
+    return parity(options.folders)
+
+
+def _add_convert(commands) -> None:
+    command = commands.add_parser("convert", help="turn published checkpoints into a model folder")
+    command.set_defaults(run=_convert)
+
+
+def _convert(options) -> None:
+    raise UserError("convert is not wired yet")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Streaming latents <-> pixels over `AutoencoderKLWan`, with the stream's own feature caches.
+
+Wan's causal VAE remembers the last two input frames of every temporal convolution. diffusers keeps that memory inside
+the module and clears it on every call; here it is a `VaeState` that belongs to one stream, so that a stream decoded chunk
+by chunk gives the very frames of one `vae.decode` call (bit for bit in float32), and two streams never meet.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+
+
+@dataclass
+class VaeState:
+    """Feature caches of one stream's decoder or encoder, in visiting order of the causal convolutions."""
+
+    features: list = field(default_factory=list)
+    started: bool = False
+
+    def fork(self) -> VaeState:
+        """An independent continuation. Cached tensors are replaced, never written to, so they are shared."""
+        return VaeState(copy(self.features), self.started)
+
+
+def decoder_state(vae: AutoencoderKLWan) -> VaeState:
+    return VaeState([None] * vae._cached_conv_counts["decoder"])
+
+
+def encoder_state(vae: AutoencoderKLWan) -> VaeState:
+    return VaeState([None] * vae._cached_conv_counts["encoder"])
+
+
+def latent_statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-channel mean and standard deviation of the latents, `[1, C, 1, 1, 1]`, in the dtype of `like`."""
+    mean, std = (
+        torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+def decode(
+    vae: AutoencoderKLWan,
+    latents_BCFHW: torch.Tensor,
+    state: VaeState,
+    frames_per_call: int | None = 1,
+    clamp: bool = True,
+) -> torch.Tensor:
+    """Normalised latents of the next `F` latent frames to pixels in [-1, 1], `[B, 3, T, H, W]`.
+
+    The first latent frame of a stream gives one pixel frame, every later one gives `temporal ratio` (4) frames.
+    One decoder call per latent frame is what `vae.decode` does, hence bit-equality; `frames_per_call=None` runs all
+    frames after the first in one call, which is faster and equal up to rounding (used in training).
+    """
+    mean, std = latent_statistics(vae, latents_BCFHW)
+    # the reference divides by 1/std instead of multiplying by std: algorithms, section 2.5
+    x = vae.post_quant_conv(latents_BCFHW / (1.0 / std) + mean)
+    features = copy(state.features)
+    started = state.started
+    pieces = []
+    for piece in _pieces(x, started, 1, frames_per_call):
+        pieces.append(vae.decoder(piece, feat_cache=features, feat_idx=[0], first_chunk=not started))
+        started = True
+    state.features, state.started = features, started
+    pixels = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    if vae.config.patch_size is not None:
+        pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
+    return pixels.clamp(-1.0, 1.0) if clamp else pixels
+
+
+def encode(
+    vae: AutoencoderKLWan,
+    pixels_BCTHW: torch.Tensor,
+    state: VaeState,
+    frames_per_call: int | None = 1,
+) -> torch.Tensor:
+    """Pixels in [-1, 1] of the next frames to normalised latent means, `[B, C, F, H, W]`.
+
+    The first call takes `1 + 4 k` frames, later ones `4 k` (`frames_per_call` counts latent frames).
+
+    Raises:
+        ValueError: the number of frames does not fill latent frames.
+    """
+    moments = encode_moments(vae, pixels_BCTHW, state, frames_per_call)
+    mean, std = latent_statistics(vae, moments)
+    # the reference multiplies by 1/std
+    return (moments.chunk(2, dim=1)[0] - mean) * (1.0 / std)
+
+
+def encode_moments(
+    vae: AutoencoderKLWan, pixels_BCTHW: torch.Tensor, state: VaeState, frames_per_call: int | None = 1
+) -> torch.Tensor:
+    """The encoder's raw output: mean and log-variance `[B, 2C, F, H, W]`, not normalised."""
+    ratio = 2 ** sum(vae.config.temperal_downsample)
+    frames = pixels_BCTHW.shape[2]
+    if (frames - (not state.started)) % ratio:
+        raise ValueError(
+            f"frames = {frames} does not fill latent frames: give {'a multiple of' if state.started else '1 plus a multiple of'} {ratio}"
+        )
+    x = pixels_BCTHW
+    if vae.config.patch_size is not None:
+        x = patchify(x, patch_size=vae.config.patch_size)
+    features = copy(state.features)
+    started = state.started
+    step = None if frames_per_call is None else frames_per_call * ratio
+    moments = [
+        vae.encoder(piece, feat_cache=features, feat_idx=[0]) for piece in _pieces(x, started, ratio, step)
+    ]
+    state.features, state.started = features, True
+    return vae.quant_conv(torch.cat(moments, 2))
+
+
+def _pieces(x: torch.Tensor, started: bool, ratio: int, step: int | None) -> list[torch.Tensor]:
+    """Cut frames into calls: the very first frame of a stream goes alone."""
+    head = [] if started else [x[:, :, :1]]
+    rest = x if started else x[:, :, 1:]
+    if rest.shape[2] == 0:
+        return head
+    return head + list(rest.split(step or rest.shape[2], dim=2))

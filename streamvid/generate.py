@@ -1,0 +1,92 @@
+"""`streamvid generate`: a script in, a video with its manifest out, written as the stream runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from streamvid.io import ContactSheet, Manifest, ProgressBar, manifest_path, open_writer
+from streamvid.models import DEFAULT_MODEL, load_pipeline
+from streamvid.script import Script, format_timeline, to_dict
+
+
+def generate(
+    script: Script,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    method: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: float | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    noise: str = "seeded",
+    attention: str = "auto",
+    crf: int | None = None,
+    contact_sheet: str | Path | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Generate a script's video; what was written before an error stays and plays.
+
+    Args:
+        script: what to show; its own model, method, size, fps, seed and overrides count where no argument is given.
+        output: `.mp4`, `.gif`, `.webp`, or a folder for PNG frames.
+        crf: quality of an MP4, lower is better.
+        contact_sheet: PNG with a frame every two seconds; quiet: print nothing.
+        The other arguments are those of `StreamVidPipeline.stream` and `load_pipeline`.
+
+    Returns:
+        The path of the video.
+    """
+    model = model or script.model or DEFAULT_MODEL
+    pipe = load_pipeline(model, device, dtype)
+    seed = next((value for value in (seed, script.seed) if value is not None), 0)
+    stream = pipe.stream(
+        script,
+        method=method,
+        overrides=overrides,
+        seed=seed,
+        height=height,
+        width=width,
+        fps=fps,
+        noise=noise,
+        attention=attention,
+    )
+    assert stream.timeline is not None
+    if not quiet:
+        print(format_timeline(stream.timeline))
+    options = {} if crf is None else {"crf": crf}
+    sheet = ContactSheet(stream.fps) if contact_sheet else None
+    config = {"model": model, **asdict(stream.method), "dtype": str(pipe.transformer.dtype), "noise": noise}
+    with ExitStack() as stack:
+        writer = stack.enter_context(open_writer(output, stream.fps, **options))
+        manifest = stack.enter_context(
+            Manifest(
+                manifest_path(output),
+                fps=stream.fps,
+                video=Path(output).name,
+                config=config,
+                seed=seed,
+                script=to_dict(script),
+                timeline=[asdict(shot) for shot in stream.timeline.shots],
+                device=str(pipe.device),
+            )
+        )
+        if sheet is not None:
+            stack.callback(lambda: sheet.save(contact_sheet))  # also after an error or Ctrl-C
+        bar = stack.enter_context(ProgressBar(stream.fps, stream.timeline.frames, disable=quiet))
+        for chunk in stream:
+            writer.write(chunk.frames)
+            manifest.add_chunk(
+                frames=len(chunk.frames), prompt=chunk.prompt, timings=chunk.timings, events=chunk.events
+            )
+            if sheet is not None:
+                sheet.add(chunk.frames, chunk.prompt)
+            bar.update(len(chunk.frames), chunk.prompt)
+    return Path(output)

@@ -1,0 +1,69 @@
+"""Where the sampler's noise comes from: siblings of one signature.
+
+    noise = SeededNoise(seeds, frame_shape)
+    noise(block, step, frames)     # [B, C, F, H, W]; step 0 is the initial noise, step i the re-noise before it
+
+The default derives every draw from (seed, block, step): a resumed, forked, re-batched or distributed run sees the same
+noise. `ReferenceNoise` draws in the order of the releases, for parity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+NoiseSource = Callable[[int, int, int], torch.Tensor]
+
+
+class SeededNoise:
+    """Noise from (seed, block, step), one seed per video; drawn on the CPU so that devices agree.
+
+    Args:
+        seeds: one per batch element.
+        frame_shape: `(C, H, W)` of a latent frame.
+    """
+
+    def __init__(self, seeds: Sequence[int], frame_shape: tuple[int, int, int]):
+        self.seeds, self.frame_shape = list(seeds), frame_shape
+
+    def __call__(self, block: int, step: int, frames: int) -> torch.Tensor:
+        channels, height, width = self.frame_shape
+        draws = []
+        for seed in self.seeds:
+            state = int(np.random.SeedSequence([seed, block, step]).generate_state(1, np.uint64)[0])
+            generator = torch.Generator().manual_seed(state >> 1)
+            draws.append(torch.randn(channels, frames, height, width, generator=generator))
+        return torch.stack(draws)
+
+
+class ReferenceNoise:
+    """The releases' order: the whole clip's noise first, then one draw per block and step, all from one generator.
+
+    The clip's length must be known and blocks come in order; nothing can be resumed or forked. A block whose draws were
+    made before (a retry) gets them again.
+    """
+
+    def __init__(self, seed: int, batch: int, frames: int, frame_shape: tuple[int, int, int], device="cpu"):
+        channels, height, width = frame_shape
+        self.frame_shape, self.batch, self.device = frame_shape, batch, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.clip = torch.randn(
+            batch, frames, channels, height, width, generator=self.generator, device=device
+        ).transpose(1, 2)
+        self.drawn: dict[tuple[int, int], torch.Tensor] = {}
+        self.first_frame: dict[int, int] = {0: 0}
+
+    def __call__(self, block: int, step: int, frames: int) -> torch.Tensor:
+        start = self.first_frame[block]
+        self.first_frame[block + 1] = start + frames
+        if step == 0:
+            return self.clip[:, :, start : start + frames]
+        if (block, step) not in self.drawn:
+            self.drawn = {key: value for key, value in self.drawn.items() if key[0] == block}
+            draw = torch.randn(
+                self.batch * frames, *self.frame_shape, generator=self.generator, device=self.device
+            )
+            self.drawn[block, step] = draw.unflatten(0, (self.batch, frames)).transpose(1, 2)
+        return self.drawn[block, step]

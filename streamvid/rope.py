@@ -1,0 +1,64 @@
+"""Analytic 3D rotary position embedding: any integer or fractional temporal position, no table, no horizon.
+
+Wan's convention: adjacent channel pairs (2i, 2i+1); the first pairs of a head turn with time, then height, then width; each
+axis has its own frequencies theta^(-2j/d_axis). The angles are computed in float64 and the rotation in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+THETA = 10000.0
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's angles, each `[L, 1, D/2]` (broadcast over batch and heads)."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """Complex pairs per axis (time, height, width) of a head, e.g. 22, 21, 21 of 128 channels."""
+    pairs = head_dim // 2
+    spatial = pairs // 3
+    return pairs - 2 * spatial, spatial, spatial
+
+
+@lru_cache(maxsize=64)
+def _frequencies(pairs: int) -> torch.Tensor:
+    # float64 on purpose: positions may reach 10^6 in a stream that runs for a day
+    exponent = torch.arange(pairs, dtype=torch.float64) / pairs
+    return THETA**-exponent
+
+
+def rotation(
+    positions: Sequence[float], height: int, width: int, head_dim: int, device: torch.device | str = "cpu"
+) -> Rotation:
+    """Rotation of the tokens of latent frames at temporal `positions`; tokens ordered (frame, row, column)."""
+    time_pairs, height_pairs, width_pairs = axis_pairs(head_dim)
+    frames = len(positions)
+    grid = (frames, height, width)
+    time = torch.tensor(positions, dtype=torch.float64)[:, None] * _frequencies(time_pairs)
+    row = torch.arange(height, dtype=torch.float64)[:, None] * _frequencies(height_pairs)
+    column = torch.arange(width, dtype=torch.float64)[:, None] * _frequencies(width_pairs)
+    angles = torch.cat(
+        [
+            time[:, None, None].expand(*grid, -1),
+            row[None, :, None].expand(*grid, -1),
+            column[None, None].expand(*grid, -1),
+        ],
+        dim=-1,
+    ).reshape(frames * height * width, 1, head_dim // 2)
+    return Rotation(angles.cos().float().to(device), angles.sin().float().to(device))
+
+
+def rotate(x_BLHD: torch.Tensor, by: Rotation) -> torch.Tensor:
+    """Rotate adjacent channel pairs of `x`; computed in float32, returned in the dtype of `x`."""
+    even, odd = x_BLHD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * by.cos - odd * by.sin, even * by.sin + odd * by.cos], dim=-1)
+    return turned.flatten(-2).to(x_BLHD.dtype)

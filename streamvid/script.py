@@ -1,0 +1,677 @@
+"""Scripts: timed prompts, read from any form, checked, and snapped to the blocks that a stream is made of.
+
+`load_script` reads a file (YAML, JSON, LongLive's JSONL, Scope's timeline, plain text) or the one-line form
+and returns a `Script`; `timeline` says on which block each shot really starts. One table of fields
+(`SCRIPT_FIELDS`, `SHOT_FIELDS`) drives the checks, the JSON Schema (`python -m streamvid.script` prints it)
+and the documentation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streamvid import script_formats
+from streamvid.errors import UserError
+from streamvid.script_formats import Located, plain, problem, show
+
+TRANSITIONS = ("cross_only", "recache", "cut")
+"""Names of the prompt-switch policies that a shot's `transition` may ask for."""
+MAX_PROMPT_CHARACTERS = 2000
+MIN_SECONDS = 0.001
+"""Shortest length of a shot, in seconds, before snapping; also the tolerance between contradictory times."""
+MAX_SECONDS = 1_000_000
+"""Longest script, in seconds (eleven days)."""
+TIME_DIGITS = 6
+"""Times are kept to the microsecond, so that they survive being written and read as decimal numbers."""
+SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".txt")
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One prompt and the time that it plays, in seconds of media time."""
+
+    prompt: str
+    start: float
+    duration: float
+    transition: str | None = None
+    """How the stream changes over to this shot; None leaves it to the method. The first shot needs none."""
+    seed: int | None = None
+    """Seed of the noise from this shot on; None goes on with the script's."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Generation options for this shot only."""
+    line: int | None = field(default=None, compare=False)
+    """Line of the file that the shot starts on, for error messages."""
+
+    @property
+    def end(self) -> float:
+        """Second at which the next shot starts."""
+        return round(self.start + self.duration, TIME_DIGITS)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A list of shots that follow each other without a gap from second 0, and settings for all of them."""
+
+    shots: tuple[Shot, ...]
+    title: str | None = None
+    model: str | None = None
+    method: str | None = None
+    width: int | None = None
+    """Pixels; given together with `height` or not at all."""
+    height: int | None = None
+    fps: float | None = None
+    """Frames per second of the video; None takes the model's."""
+    seed: int | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Generation options for the whole script."""
+    source: str = field(default="script", compare=False)
+    """Where it was read from, for error messages."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What an imported file asked for and was not used; a command line prints these."""
+
+    @property
+    def duration(self) -> float:
+        """Requested length in seconds."""
+        return self.shots[-1].end
+
+
+# --- the table of fields --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """What one field of a script file may hold; `minimum` and `maximum` are in `unit` and inclusive."""
+
+    name: str
+    kind: str
+    """`text`, `number`, `integer`, `mapping` or `shots`."""
+    help: str
+    minimum: float = 0
+    maximum: float = math.inf
+    unit: str = ""
+    longest: int = 1000
+    """Largest number of characters of a text."""
+    choices: tuple[str, ...] = ()
+    required: bool = False
+
+
+_SEED = FieldSpec("seed", "integer", "", 0, 2**63 - 1)
+_DURATION = FieldSpec("duration", "number", "", MIN_SECONDS, MAX_SECONDS, "seconds")
+
+SHOT_FIELDS = (
+    FieldSpec("prompt", "text", "what is to be seen", longest=MAX_PROMPT_CHARACTERS, required=True),
+    FieldSpec("at", "number", "second at which the shot starts; the first is 0", 0, MAX_SECONDS, "seconds"),
+    replace(_DURATION, help="how long the shot lasts; the next shot's at does as well"),
+    FieldSpec("transition", "text", "how the stream changes over to this shot", choices=TRANSITIONS),
+    replace(_SEED, help="seed of the noise from this shot on"),
+    FieldSpec("overrides", "mapping", "generation options for this shot only"),
+)
+SCRIPT_FIELDS = (
+    FieldSpec("$schema", "text", "address of the JSON Schema, for editors; not used"),
+    FieldSpec("title", "text", "name of the video", longest=200),
+    FieldSpec("model", "text", "name or folder of the model"),
+    FieldSpec("method", "text", "name of the method, a preset of options"),
+    FieldSpec("width", "integer", "width of the video in pixels, together with height", 16, 8192, "pixels"),
+    FieldSpec("height", "integer", "height of the video in pixels, together with width", 16, 8192, "pixels"),
+    FieldSpec("fps", "number", "frames per second; the model's own where it is left out", 1, 240),
+    replace(_SEED, help="seed of the noise"),
+    replace(_DURATION, help="length of the whole script; ends the last shot"),
+    FieldSpec("overrides", "mapping", "generation options for the whole script"),
+    FieldSpec("shots", "shots", "the shots, in the order in which they play", required=True),
+)
+
+
+def json_schema(transitions: Sequence[str] = TRANSITIONS) -> dict[str, Any]:
+    """The JSON Schema of the YAML and JSON form (draft 2020-12), made from the table of fields.
+
+    It cannot express that times agree with each other; `load_script` checks that too.
+    """
+    shot = _object_schema(_shot_fields(transitions))
+    schema = _object_schema(SCRIPT_FIELDS)
+    schema["properties"]["shots"] |= {"items": shot, "minItems": 1}
+    schema["dependentRequired"] = {"width": ["height"], "height": ["width"]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "streamvid script",
+        "description": "Timed prompts; a shot ends by its duration or where the next one starts (at).",
+        **schema,
+    }
+
+
+def _shot_fields(transitions: Sequence[str]) -> tuple[FieldSpec, ...]:
+    choices = tuple(transitions)
+    return tuple(replace(spec, choices=choices) if spec.choices else spec for spec in SHOT_FIELDS)
+
+
+def _object_schema(fields: Sequence[FieldSpec]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {spec.name: _field_schema(spec) for spec in fields},
+        "required": [spec.name for spec in fields if spec.required],
+        "additionalProperties": False,
+    }
+
+
+def _field_schema(spec: FieldSpec) -> dict[str, Any]:
+    types = {"text": "string", "mapping": "object", "shots": "array"}
+    schema: dict[str, Any] = {"type": types.get(spec.kind, spec.kind), "description": spec.help}
+    if spec.choices:
+        schema["enum"] = list(spec.choices)
+    elif spec.kind == "text":
+        schema |= {"minLength": 1, "maxLength": spec.longest, "pattern": "\\S"}
+    elif spec.kind == "mapping":
+        schema["propertyNames"] = {"minLength": 1}
+    elif spec.kind != "shots":
+        schema |= {"minimum": spec.minimum, "maximum": spec.maximum}
+    return schema
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def load_script(
+    script: str | Path | Mapping[str, Any],
+    *,
+    transitions: Sequence[str] = TRANSITIONS,
+    options: Collection[str] | None = None,
+) -> Script:
+    """Read a script file, the one-line form or a mapping of the YAML form; a mistake raises `UserError`.
+
+    `longlive.jsonl#3` reads line 3 of a JSONL file. `options` are the names of the known generation options;
+    with them, `overrides` are checked too.
+    """
+    if isinstance(script, Mapping):
+        return _build(script_formats.locate(dict(script)), "script", [], transitions, options)
+    file = _find_file(script)
+    if file is None:
+        return parse_script(
+            str(script), "line", source="one-line script", transitions=transitions, options=options
+        )
+    path, line = file
+    document, notes = _parse(_read_text(path), path.suffix.lower(), str(path), line)
+    return _build(document, str(path), notes, transitions, options)
+
+
+def parse_script(
+    text: str,
+    kind: str,
+    *,
+    source: str = "script",
+    transitions: Sequence[str] = TRANSITIONS,
+    options: Collection[str] | None = None,
+) -> Script:
+    """Like `load_script` for a text at hand; `kind` is `line` or one of `SUFFIXES`."""
+    document, notes = _parse(text, kind, source)
+    return _build(document, source, notes, transitions, options)
+
+
+def _find_file(script: str | Path) -> tuple[Path, int | None] | None:
+    """The file that is meant and the line chosen with `#`, None for a text; a missing file is an error."""
+    text = str(script)
+    if not text.strip():
+        return None
+    path = Path(text)
+    line: int | None = None
+    stem, mark, number = text.rpartition("#")
+    if mark and number.isdecimal() and stem.lower().endswith(".jsonl"):
+        path, line = Path(stem), int(number)
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError):  # too long or with a character that no path can have
+        is_folder = exists = False
+    if is_folder:
+        raise problem(text, None, "a script must be a file and this is a folder; name the file in it")
+    if exists:
+        if path.suffix.lower() not in SUFFIXES:
+            ending = f"its name ends in {path.suffix!r}" if path.suffix else "its name has no suffix"
+            raise problem(text, None, f"{ending} but must end in one of {', '.join(SUFFIXES)}; rename it")
+        return path, line
+    marked = script_formats.has_marks(text)
+    looks_like_path = path.suffix.lower() in SUFFIXES or ("/" in text and len(text.split()) == 1)
+    if isinstance(script, Path) or (looks_like_path and not marked):
+        raise problem(str(path), None, f"there is no such script file; {_similar_file(path)}")
+    if not marked and len(text.split()) == 1:
+        fix = f"check its name, or write '{text.strip()} [5s]' for a prompt of one word"
+        raise problem(text.strip(), None, f"there is no such script file; {fix}")
+    return None
+
+
+def _similar_file(path: Path) -> str:
+    """What to do about a missing file: the nearest name in its folder, if there is one."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in SUFFIXES]
+    except OSError:
+        return f"there is not even a folder {str(path.parent)!r}, check its name"
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {str(path.parent / near[0])!r}" if near else "check its name and folder"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = f"the script cannot be read ({error.strerror}); check its permissions"
+        raise problem(str(path), None, reason) from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        reason = f"the byte 0x{data[error.start]:02x} is not UTF-8 text; save the file as UTF-8"
+        raise problem(str(path), line, reason) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _parse(text: str, kind: str, source: str, chosen_line: int | None = None) -> tuple[Located, list[str]]:
+    """The document that `text` of the form `kind` holds, with notes on what an import lost."""
+    if not text.strip():
+        raise problem(source, None, "the script is empty; write at least one shot with a prompt")
+    first_line = 1
+    if kind == ".jsonl":
+        first_line, text = _jsonl_line(text, source, chosen_line)
+    try:
+        if kind == "line":
+            return script_formats.one_line_document(text, source), []
+        if kind == ".txt":
+            return script_formats.plain_text_document(text, source), []
+        if kind in (".yaml", ".yml"):
+            return script_formats.read_yaml(text, source), []
+        if kind in (".json", ".jsonl"):
+            document = script_formats.read_json(text, source, first_line)
+            return script_formats.foreign_document(document, source) or (document, [])
+    except RecursionError:
+        raise problem(source, None, "lists and mappings are nested too deep; flatten them") from None
+    raise ValueError(f"unknown kind of script {kind!r}, known: line, {', '.join(SUFFIXES)}")
+
+
+def _jsonl_line(text: str, source: str, chosen: int | None) -> tuple[int, str]:
+    """The chosen line of a JSONL file and its number; without a choice the first that is not blank."""
+    lines = dict(enumerate(text.split("\n"), start=1))
+    number = chosen if chosen is not None else next(n for n, line in lines.items() if line.strip())
+    if not lines.get(number, "").strip():
+        last = max(n for n, line in lines.items() if line.strip())
+        reason = f"#{number} names a line that is missing or blank; choose one from #1 to #{last}"
+        raise problem(source, None, reason)
+    return number, lines[number]
+
+
+# --- checking -------------------------------------------------------------------------------------
+
+
+def _build(
+    document: Located,
+    source: str,
+    notes: Sequence[str],
+    transitions: Sequence[str],
+    options: Collection[str] | None,
+) -> Script:
+    """Check a document against the table of fields and work out when each shot starts and ends."""
+    if document.value is None:
+        raise problem(source, document.line, "the script is empty; write at least one shot with a prompt")
+    values = _read_fields(document, SCRIPT_FIELDS, source, "", options)
+    line = {name: node.line for name, node in document.value.items()}
+    if ("width" in values) != ("height" in values):
+        given, missing = ("width", "height") if "width" in values else ("height", "width")
+        reason = f"{given} is {values[given]} but {missing} is not given; add {missing}"
+        raise problem(source, line[given], reason)
+    shot_fields = _shot_fields(transitions)
+    shots = []
+    for number, node in enumerate(values["shots"], start=1):
+        shots.append(_read_fields(node, shot_fields, source, f"shot {number}: ", options))
+    times = _times(shots, values["shots"], values.get("duration"), line.get("duration"), source)
+    names = ("prompt", "transition", "seed", "overrides")
+    return Script(
+        shots=tuple(
+            Shot(start=start, duration=duration, line=node.line, **{n: shot[n] for n in names if n in shot})
+            for shot, node, (start, duration) in zip(shots, values["shots"], times, strict=True)
+        ),
+        source=source,
+        notes=tuple(notes),
+        **{name: value for name, value in values.items() if name not in ("$schema", "duration", "shots")},
+    )
+
+
+def _read_fields(
+    node: Located, fields: Sequence[FieldSpec], source: str, where: str, options: Collection[str] | None
+) -> dict[str, Any]:
+    """The checked values of one mapping; `where` starts every message."""
+    if not isinstance(node.value, dict):
+        what, example = (where.rstrip(": "), "prompt: ...") if where else ("the script", "shots: ...")
+        reason = f"{what} is {show(node.value)} but must be a mapping; write '{example}'"
+        raise problem(source, node.line, reason)
+    known = {spec.name: spec for spec in fields}
+    for name, entry in node.value.items():
+        if name not in known:
+            raise problem(source, entry.line, f"{where}{_unknown('field', name, list(known))}")
+    for spec in fields:
+        if spec.required and spec.name not in node.value:
+            raise problem(source, node.line, f"{where}{spec.name} is missing; add '{spec.name}: ...'")
+    return {
+        name: _read_value(entry, known[name], source, where, options) for name, entry in node.value.items()
+    }
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+    """`unknown field 'promt', did you mean 'prompt' (known: ...)`."""
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    guess = f", did you mean {near[0]!r}" if near else "; remove it or use a known one"
+    return f"unknown {what} {show(name)}{guess} (known: {', '.join(sorted(known))})"
+
+
+def _read_value(
+    node: Located, spec: FieldSpec, source: str, where: str, options: Collection[str] | None
+) -> Any:
+    """One checked value as the dataclasses hold it."""
+    value = node.value
+    given = f"{where}{spec.name} is {show(value)} but must be"
+    if spec.kind == "text":
+        return _read_text_value(value, spec, given, source, node.line, where)
+    if spec.kind in ("number", "integer"):
+        number = f"a number{' of ' + spec.unit if spec.unit else ''} from {spec.minimum} to {spec.maximum}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise problem(source, node.line, f"{given} {number}; write it without quotes or unit")
+        if not spec.minimum <= value <= spec.maximum:
+            raise problem(source, node.line, f"{given} {number}; choose one in that range")
+        if spec.kind == "integer":
+            if value != int(value):
+                raise problem(source, node.line, f"{given} a whole number; round it")
+            return int(value)
+        return round(float(value), TIME_DIGITS)
+    if spec.kind == "mapping":
+        if not isinstance(value, dict):
+            raise problem(source, node.line, f"{given} a mapping of options; write for example {{steps: 4}}")
+        for name, entry in value.items():
+            if not name or (options is not None and name not in options):
+                option = _unknown("option", name, list(options or ()))
+                raise problem(source, entry.line, f"{where}{spec.name}: {option}")
+        return plain(node)
+    if not isinstance(value, list):
+        raise problem(source, node.line, f"{given} a list of shots; start each shot with '- prompt: ...'")
+    if not value:
+        raise problem(source, node.line, "shots is an empty list; add at least one shot with a prompt")
+    return value
+
+
+def _read_text_value(
+    value: Any, spec: FieldSpec, given: str, source: str, line: int | None, where: str
+) -> str:
+    """A text with runs of white space as one space."""
+    if not isinstance(value, str):
+        raise problem(source, line, f"{given} text; put it in quotes if it is meant as text")
+    if spec.choices:
+        if value not in spec.choices:
+            near = difflib.get_close_matches(value.lower(), spec.choices, n=1)
+            fix = f"; did you mean {near[0]!r}" if near else "; choose one of them"
+            raise problem(source, line, f"{given} one of {', '.join(spec.choices)}{fix}")
+        return value
+    text = " ".join(value.split())
+    if not text:
+        raise problem(source, line, f"{where}{spec.name} is empty; write some text or remove it")
+    if len(value) > spec.longest:
+        reason = f"{spec.name} {show(text, 30)} has {len(value)} characters"
+        raise problem(source, line, f"{where}{reason} but may have at most {spec.longest}; shorten it")
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            reason = f"{where}{spec.name} {show(text, 40)} holds the control character {character!r}"
+            raise problem(source, line, f"{reason}; remove it")
+    return text
+
+
+def _times(
+    shots: Sequence[Mapping[str, Any]],
+    nodes: Sequence[Located],
+    total: float | None,
+    total_line: int | None,
+    source: str,
+) -> list[tuple[float, float]]:
+    """Start and duration in seconds of every shot, from `at`, `duration` and the script's own duration."""
+    times: list[tuple[float, float]] = []
+    start = 0.0
+    if shots[0].get("at", 0) != 0:
+        text = f"shot 1: at is {shots[0]['at']:g} but the first shot must start at 0"
+        raise problem(source, _line(nodes[0], "at"), f"{text}; set it to 0 or remove it")
+    for number, shot in enumerate(shots, start=1):
+        last = number == len(shots)
+        end: float | None = total if last else shots[number].get("at")
+        duration: float | None = shot.get("duration")
+        if last:
+            end_name, line = "the script's duration", total_line
+            missing = "give it a duration"
+        else:
+            end_name, line = f"shot {number + 1}: at", _line(nodes[number], "at")
+            missing = f"give it a duration or give shot {number + 1} an at"
+        if end is None:
+            if duration is None:
+                raise problem(source, nodes[number - 1].line, f"shot {number}: it has no end; {missing}")
+            end = round(start + duration, TIME_DIGITS)
+        elif end - start < MIN_SECONDS:
+            text = f"{end_name} is {end:g} but shot {number} starts at {start:g}; choose a later time"
+            raise problem(source, line, text)
+        elif duration is not None and abs(start + duration - end) > MIN_SECONDS:
+            text = f"shot {number} starts at {start:g} and has duration {duration:g}, so it ends at"
+            fix = "remove one of the two or make them agree"
+            raise problem(source, line, f"{end_name} is {end:g} but {text} {start + duration:g}; {fix}")
+        if end > MAX_SECONDS:
+            text = f"shot {number}: it ends at second {end:.0f} but a script may last at most {MAX_SECONDS}"
+            raise problem(source, nodes[number - 1].line, f"{text}; shorten it")
+        times.append((start, round(end - start, TIME_DIGITS)))
+        start = end
+    return times
+
+
+def _line(node: Located, name: str) -> int | None:
+    entry = node.value.get(name)
+    return node.line if entry is None else entry.line
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def to_dict(script: Script) -> dict[str, Any]:
+    """The script as nested plain values of the YAML and JSON form; reading them gives an equal script."""
+    document: dict[str, Any] = {}
+    for spec in SCRIPT_FIELDS:
+        if spec.name == "shots":
+            document["shots"] = [_shot_dict(shot) for shot in script.shots]
+        elif spec.name not in ("$schema", "duration"):
+            _put(document, spec.name, getattr(script, spec.name))
+    return document
+
+
+def _shot_dict(shot: Shot) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for spec in SHOT_FIELDS:
+        if spec.name != "at":
+            _put(document, spec.name, getattr(shot, spec.name))
+    return document
+
+
+def _put(document: dict[str, Any], name: str, value: Any) -> None:
+    """Add a value unless it is left out anyway; whole numbers are written without a decimal point."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, Mapping):
+        value = json.loads(json.dumps(dict(value)))
+    if value is not None and value != {}:
+        document[name] = value
+
+
+def to_yaml(script: Script) -> str:
+    """The script in its YAML form; reading it gives an equal script."""
+    return yaml.safe_dump(to_dict(script), sort_keys=False, allow_unicode=True, width=110)
+
+
+# --- snapping to blocks ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TimelineShot:
+    """Where one shot falls; times are seconds of media time."""
+
+    index: int
+    prompt: str
+    requested_start: float
+    start: float
+    """Second of the first pixel frame of the first block."""
+    first_block: int
+    blocks: int
+    transition: str | None
+    seed: int | None
+    overrides: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A script on the blocks of a stream."""
+
+    shots: tuple[TimelineShot, ...]
+    fps: float
+    frames_per_block: int
+    """Latent frames per block."""
+    temporal_ratio: int
+    """Pixel frames per latent frame, but for the first latent frame, which gives one."""
+    requested_seconds: float
+    cuts: int = 0
+    """Shots that begin with a cut: each restarts the decoder, whose first latent frame gives one pixel frame."""
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of the whole stream."""
+        return self.shots[-1].first_block + self.shots[-1].blocks
+
+    @property
+    def frames(self) -> int:
+        """Number of pixel frames of the whole stream."""
+        whole = first_frame_of_block(self.blocks, self.frames_per_block, self.temporal_ratio)
+        return whole - self.cuts * (self.temporal_ratio - 1)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the stream, at least what was requested."""
+        return self.frames / self.fps
+
+    def shot_of_block(self, block: int) -> TimelineShot:
+        """The shot that plays during a block."""
+        if not 0 <= block < self.blocks:
+            raise IndexError(f"block {block} is not in the timeline of {self.blocks} blocks")
+        return self.shots[bisect_right([shot.first_block for shot in self.shots], block) - 1]
+
+
+def first_frame_of_block(block: int, frames_per_block: int, temporal_ratio: int = 4) -> int:
+    """Pixel frame that a block starts with; latent frame 0 gives 1, the others `temporal_ratio` each."""
+    return 0 if block == 0 else temporal_ratio * (frames_per_block * block - 1) + 1
+
+
+def timeline(
+    script: Script, fps: float, frames_per_block: int, temporal_ratio: int = 4, transition: str | None = None
+) -> Timeline:
+    """Start every shot on the block boundary nearest to the second that it asks for (of two, the earlier).
+
+    The stream lasts at least as long as the script. Two shots on one block are an error. `transition` is that of shots
+    which name none.
+    """
+    if not (isinstance(fps, (int, float)) and math.isfinite(fps) and fps > 0):
+        raise UserError(f"fps is {fps} but must be a number above 0; give another frame rate")
+    if frames_per_block < 1 or temporal_ratio < 1:
+        sizes = f"frames_per_block is {frames_per_block} and temporal_ratio {temporal_ratio}"
+        raise UserError(f"{sizes} but both must be at least 1; correct them")
+    block_frames = frames_per_block * temporal_ratio
+
+    lost = 0  # frames that the cuts so far took
+
+    def boundary(block: int) -> int:
+        return first_frame_of_block(block, frames_per_block, temporal_ratio) - lost
+
+    def blocks_before(frame: float) -> int:
+        """Largest block that starts at `frame` or before."""
+        return max(0, math.floor((frame + lost + temporal_ratio - 1) / block_frames))
+
+    firsts: list[int] = []
+    starts: list[int] = []
+    for number, shot in enumerate(script.shots, start=1):
+        frame = round(shot.start * fps, TIME_DIGITS)
+        lower = blocks_before(frame)
+        nearest = lower if frame - boundary(lower) <= boundary(lower + 1) - frame else lower + 1
+        if firsts and nearest <= firsts[-1]:
+            earlier = script.shots[number - 2]
+            length = f"{block_frames / fps:g} seconds, one block of {block_frames} frames at {fps:g} fps"
+            text = f"it starts at {shot.start:g} and falls on the same block as shot {number - 1}"
+            fix = f"make shot {number - 1} (duration {earlier.duration:g}) at least {length}"
+            raise problem(script.source, shot.line, f"shot {number}: {text}; {fix}")
+        firsts.append(nearest)
+        starts.append(boundary(nearest))
+        if number > 1 and (shot.transition or transition) == "cut":
+            lost += temporal_ratio - 1
+    wanted_frames = math.ceil(round(script.duration * fps, TIME_DIGITS))
+    total = blocks_before(wanted_frames)
+    total += boundary(total) < wanted_frames
+    ends = [*firsts[1:], max(total, firsts[-1] + 1)]
+    return Timeline(
+        shots=tuple(
+            TimelineShot(
+                index=index,
+                prompt=shot.prompt,
+                requested_start=shot.start,
+                start=start / fps,
+                first_block=first,
+                blocks=end - first,
+                transition=shot.transition or transition,
+                seed=shot.seed,
+                overrides=shot.overrides,
+            )
+            for index, (shot, start, first, end) in enumerate(
+                zip(script.shots, starts, firsts, ends, strict=True)
+            )
+        ),
+        fps=fps,
+        frames_per_block=frames_per_block,
+        temporal_ratio=temporal_ratio,
+        requested_seconds=script.duration,
+        cuts=lost // max(1, temporal_ratio - 1),
+    )
+
+
+def format_timeline(timeline: Timeline, width: int = 120) -> str:
+    """A table for the command line, `width` characters wide: requested and actual second of every switch."""
+    rows = [("shot", "requested", "actual", "blocks", "transition", "prompt")]
+    for shot in timeline.shots:
+        change = "start" if shot.index == 0 else shot.transition or "default"
+        options = {**({} if shot.seed is None else {"seed": shot.seed}), **shot.overrides}
+        extra = "".join(f" [{name}={value}]" for name, value in options.items())
+        last_block = shot.first_block + shot.blocks - 1
+        rows.append(
+            (
+                str(shot.index + 1),
+                f"{shot.requested_start:.2f} s",
+                f"{shot.start:.2f} s",
+                f"{shot.first_block}-{last_block}",
+                change,
+                shot.prompt + extra,
+            )
+        )
+    sizes = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(size) for cell, size in zip(row[:4], sizes, strict=False)]
+        line = "  ".join([*cells, row[4].ljust(sizes[4]), row[5]])
+        lines.append(line if len(line) <= width else line[: width - 3].rstrip() + "...")
+    block_frames = timeline.frames_per_block * timeline.temporal_ratio
+    lines.append(
+        f"{timeline.seconds:.2f} s ({timeline.requested_seconds:.2f} s requested): {timeline.frames} frames "
+        f"at {timeline.fps:g} fps in {timeline.blocks} blocks of {block_frames} frames "
+        f"({block_frames / timeline.fps:.2f} s)"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

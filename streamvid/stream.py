@@ -1,0 +1,313 @@
+"""A stream: one live generation with all of its mutable state. Everything else holds weights only.
+
+    stream = pipe.stream("a fox walks [5s] | it snows [10s]")
+    for chunk in stream:            # pull-based: the consumer sets the pace
+        show(chunk.frames)
+        stream.prompt("night falls")        # takes effect at the next block
+
+A chunk commits whole or not at all: an exception leaves the stream at the previous chunk, and `next` tries again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from streamvid.context import CacheSnapshot, ContextCache
+from streamvid.decoding import VaeState, decode, decoder_state
+from streamvid.errors import UserError
+from streamvid.methods import SHOT_OPTION_NAMES, Method
+from streamvid.noise import NoiseSource, SeededNoise
+from streamvid.sampler import few_step_block
+from streamvid.switching import switch_policy
+from streamvid.transformer import PromptKV
+
+if TYPE_CHECKING:
+    from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
+    from streamvid.script import Timeline
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The pixel frames of one block.
+
+    Attributes:
+        index: block number, from 0.
+        videos: uint8 `[B, T, H, W, 3]`, one video per batch element.
+        latents: clean latents `[B, C, F, H, W]`, normalised.
+        first_frame, media_time: of the chunk's first pixel frame, counted from the start of the stream, in frames and s.
+        prompt: what the block was made with (the first of a batch).
+        timings: seconds spent per stage: switch, denoise, context, decode, total.
+        events: what happened before the block, e.g. `switch:recache`.
+        attended: latent frames of the block's window.
+    """
+
+    index: int
+    videos: np.ndarray
+    latents: torch.Tensor
+    first_frame: int
+    media_time: float
+    prompt: str
+    timings: Mapping[str, float]
+    events: tuple[str, ...] = ()
+    attended: tuple[int, ...] = ()
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Frames of the first video, uint8 `[T, H, W, 3]`."""
+        return self.videos[0]
+
+
+@dataclass(frozen=True)
+class PromptChange:
+    """A prompt to switch to at the next block."""
+
+    prompts: tuple[str, ...]
+    policy: str | None = None
+    seed: int | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+class VideoStream:
+    """An iterator of chunks. Made by `StreamVidPipeline.stream`.
+
+    Args:
+        pipe: the pipeline whose weights are used.
+        method: how blocks are made.
+        first: prompts (one per video) and options of the first block.
+        latent_size: latent rows and columns.
+        noise: noise source.
+        fps: frames per second of the video.
+        timeline: shots of a script; the stream ends with it. None: `blocks` decides, and None there is endless.
+        attention: name of the attention backend.
+    """
+
+    def __init__(
+        self,
+        pipe: StreamVidPipeline,
+        method: Method,
+        first: PromptChange,
+        latent_size: tuple[int, int],
+        noise: NoiseSource,
+        fps: float,
+        timeline: Timeline | None = None,
+        blocks: int | None = None,
+        attention: str = "auto",
+        decode_pixels: bool = True,
+    ):
+        self.pipe, self.method, self.fps, self.timeline = pipe, method, fps, timeline
+        self.blocks = timeline.blocks if timeline is not None else blocks
+        config = pipe.transformer.config
+        self.cache = ContextCache(
+            method.window_options(),
+            layers=config.num_layers,
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            grid=pipe.transformer.token_grid(*latent_size),
+            latent_shape=(config.in_channels, *latent_size),
+            batch=len(first.prompts),
+            dtype=pipe.transformer.dtype,
+            device=pipe.transformer.device,
+            attention=attention,
+        )
+        self.block = 0
+        self.frames_shown = 0
+        self.decode_pixels = decode_pixels
+        self.decoder: VaeState = decoder_state(pipe.vae)
+        self.noise = noise
+        self.steps = self._steps(method.denoising_steps)
+        self.current = first
+        self._prompt_kv: tuple[tuple[str, ...], PromptKV] | None = None
+        self._pending: PromptChange | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def prompt(self, text: str | list[str], policy: str | None = None) -> None:
+        """Switch to another prompt at the next block; thread-safe, the last call before the block wins.
+
+        Args:
+            text: the prompt, or one per video of the batch.
+            policy: name of a switch policy; None takes the method's.
+        """
+        prompts = self.pipe.check_prompts(text)
+        if len(prompts) != len(self.current.prompts):
+            prompts = prompts * len(self.current.prompts)
+        if policy is not None:
+            switch_policy(policy)
+        with self._lock:
+            self._pending = PromptChange(prompts, policy)
+
+    def close(self) -> None:
+        """End the stream: `next` raises StopIteration from now on."""
+        self._closed = True
+
+    def __next__(self) -> Chunk:
+        if self._closed or (self.blocks is not None and self.block >= self.blocks):
+            raise StopIteration
+        undo = _Undo()
+        try:
+            return self._next_chunk(undo)
+        except BaseException:
+            if undo.snapshot is not None:
+                self.cache.restore(undo.snapshot)
+            raise
+
+    @torch.no_grad()
+    def _next_chunk(self, undo: _Undo) -> Chunk:
+        clock = _Clock()
+        with self._lock:
+            pending = self._pending
+        change = pending or self._scripted_change()
+        state = self._after(change)
+        events: tuple[str, ...] = ()
+        with clock.stage("switch"):
+            prompt_kv = self._keys_of(state.current.prompts)
+            if change is not None and self.block > 0:
+                policy = change.policy or self.method.transition
+                undo.snapshot = self.cache.snapshot()
+                switch_policy(policy)(self.cache, lambda plan: self._context_pass(plan, prompt_kv))
+                events = (f"switch:{policy}",)
+                if policy == "cut":
+                    state = replace(state, decoder=decoder_state(self.pipe.vae))
+        plan = self.cache.planner.plan()
+        with clock.stage("denoise"):
+            self.cache.begin(plan)
+            latents = few_step_block(
+                self.pipe.transformer,
+                self.pipe.scheduler,
+                state.steps,
+                plan,
+                prompt_kv,
+                self.cache,
+                state.noise,
+            )
+        with clock.stage("context"):
+            self._forward(latents, prompt_kv)
+        with clock.stage("decode"):
+            decoder = state.decoder.fork()
+            videos = self._pixels(latents, decoder)
+        chunk = Chunk(
+            index=self.block,
+            videos=videos,
+            latents=latents,
+            first_frame=self.frames_shown,
+            media_time=self.frames_shown / self.fps,
+            prompt=state.current.prompts[0],
+            timings=clock.read(),
+            events=events,
+            attended=plan.attended,
+        )
+        # commit: nothing above changed what the next block is computed from
+        self.cache.commit(plan, latents)
+        self.current, self.noise, self.steps, self.decoder = state.current, state.noise, state.steps, decoder
+        self.block += 1
+        self.frames_shown += videos.shape[1]
+        with self._lock:
+            if self._pending is pending:
+                self._pending = None
+        return chunk
+
+    # --- parts of a block -------------------------------------------------------------------------------------------
+
+    def _scripted_change(self) -> PromptChange | None:
+        """The script's change at this block, if a shot starts here."""
+        if self.timeline is None:
+            return None
+        shot = self.timeline.shot_of_block(self.block)
+        if shot.first_block != self.block:
+            return None
+        prompts = (shot.prompt,) * len(self.current.prompts)
+        return PromptChange(prompts, shot.transition, shot.seed, shot.overrides)
+
+    def _after(self, change: PromptChange | None) -> _Next:
+        """What the next block is made with."""
+        state = _Next(self.current, self.noise, self.steps, self.decoder)
+        if change is None:
+            return state
+        for name in change.overrides:
+            if name not in SHOT_OPTION_NAMES:
+                raise UserError(
+                    f"overrides.{name} cannot change within a stream: a shot may override {', '.join(SHOT_OPTION_NAMES)}"
+                )
+        levels = self.method.with_overrides(change.overrides).denoising_steps
+        noise = self.noise
+        if change.seed is not None:
+            if not isinstance(noise, SeededNoise):
+                raise UserError(
+                    "seed of a shot needs noise = seeded: the reference draw order has one seed only"
+                )
+            noise = SeededNoise([change.seed + i for i in range(len(noise.seeds))], noise.frame_shape)
+        return replace(state, current=change, noise=noise, steps=self._steps(levels))
+
+    def _steps(self, levels: tuple[float, ...] | None) -> tuple[tuple[float, float], ...]:
+        """Timestep and sigma of every denoising step."""
+        scheduler = self.pipe.scheduler
+        timesteps = scheduler.steps if levels is None else scheduler.warped(levels)
+        return tuple((t, float(scheduler.sigma(torch.tensor(t)))) for t in timesteps)
+
+    def _keys_of(self, prompts: tuple[str, ...]) -> PromptKV:
+        """Cross-attention keys and values, computed once per prompt."""
+        if self._prompt_kv is None or self._prompt_kv[0] != prompts:
+            embeddings = self.pipe.encode_prompt(list(prompts)).to(self.cache.keys.dtype)
+            self._prompt_kv = (prompts, self.pipe.transformer.prompt_kv(embeddings))
+        return self._prompt_kv[1]
+
+    def _context_pass(self, plan, prompt_kv: PromptKV) -> None:
+        """Replay a plan's clean latents at t = 0, rewriting their keys and values (`cache.begin` was called)."""
+        self._forward(self.cache.clean_latents(plan), prompt_kv)
+
+    def _forward(self, latents_BCFHW: torch.Tensor, prompt_kv: PromptKV) -> None:
+        shape = latents_BCFHW.shape[0], latents_BCFHW.shape[2]
+        timestep = torch.full(shape, self.method.context_timestep, device=latents_BCFHW.device)
+        self.pipe.transformer(latents_BCFHW, timestep, prompt_kv=prompt_kv, context=self.cache)
+
+    def _pixels(self, latents_BCFHW: torch.Tensor, decoder: VaeState) -> np.ndarray:
+        if not self.decode_pixels:
+            return np.zeros((latents_BCFHW.shape[0], 0, 0, 0, 3), np.uint8)
+        pixels = decode(self.pipe.vae, latents_BCFHW.to(self.pipe.vae.dtype), decoder)
+        # B C T H W in [-1, 1] -> B T H W C bytes
+        return pixels.float().add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Next:
+    """What a block is made with; becomes the stream's state when the block is done."""
+
+    current: PromptChange
+    noise: NoiseSource
+    steps: tuple[tuple[float, float], ...]
+    decoder: VaeState
+
+
+@dataclass
+class _Undo:
+    """The cache before a prompt switch touched it, to go back to if the block fails."""
+
+    snapshot: CacheSnapshot | None = None
+
+
+class _Clock:
+    """Seconds per stage of one chunk."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        return {**self.seconds, "total": time.perf_counter() - self.began}

@@ -1,0 +1,142 @@
+"""Latents of rendered clips, encoded once: what the student is trained on.
+
+A clip is 5 blocks of 3 latent frames. In a `late` clip the first block is the stream's beginning (the sink) and the others
+come from up to a minute later, so that training sees the windows of long streams.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+
+from streamvid.decoding import encode, encoder_state
+from streamvid.training.vae_stage import to_pixels
+from streamvid.world.render import render_clip
+from streamvid.world.sampling import BLOCK_FRAMES, block_start, sample_clip
+from streamvid.world.scene import Scenery, change_scene, sample_scene
+
+BLOCKS = 5
+FRAMES_PER_BLOCK = 3
+CLIP_FRAMES = block_start(BLOCKS)  # 57 pixel frames
+
+
+@dataclass
+class Clips:
+    """Encoded clips.
+
+    latents `[N, 15, C, H, W]`; labels `[N, 5, 7]`: the scene of every block; scenery `[N, 6]`: the unnamed variables in
+    [0, 1); late `[N]`: whether blocks 1.. come from later in the stream.
+    """
+
+    latents: torch.Tensor
+    labels: torch.Tensor
+    scenery: torch.Tensor
+    late: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def load_clips(folder: str | Path) -> Clips:
+    """All finished shards of a folder."""
+    parts = [load_file(path) for path in sorted(Path(folder).glob("shard_*.safetensors"))]
+    return Clips(
+        *(torch.cat([part[name] for part in parts]) for name in ("latents", "labels", "scenery", "late"))
+    )
+
+
+def encode_shards(
+    vae: str | Path,
+    output: str | Path,
+    shards: int,
+    clips_per_shard: int = 100,
+    seed: int = 0,
+    late_share: float = 0.2,
+    processes: int = 1,
+) -> None:
+    """Render and encode `shards * clips_per_shard` clips; finished shards are kept, so a killed run goes on."""
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    todo = [index for index in range(shards) if not _shard(output, index).exists()]
+    jobs = [
+        (str(vae), str(output), todo[rank::processes], clips_per_shard, seed, late_share)
+        for rank in range(processes)
+    ]
+    if processes == 1:
+        _encode_some(*jobs[0])
+        return
+    with get_context("spawn").Pool(processes) as pool:
+        pool.starmap(_encode_some, jobs)
+
+
+def _shard(output: Path, index: int) -> Path:
+    return output / f"shard_{index:04d}.safetensors"
+
+
+def _encode_some(
+    vae_path: str, output: str, indices: list[int], count: int, seed: int, late_share: float
+) -> None:
+    torch.set_num_threads(1)
+    vae = AutoencoderKLWan.from_pretrained(vae_path, torch_dtype=torch.bfloat16)
+    began = time.monotonic()
+    for done, index in enumerate(indices, 1):
+        rng = np.random.default_rng([seed, index])
+        clips = [_late_clip(vae, rng) if rng.random() < late_share else _clip(vae, rng) for _ in range(count)]
+        latents, labels, scenery, late = zip(*clips, strict=True)
+        tensors = {
+            "latents": torch.stack(latents),
+            "labels": torch.tensor(labels),
+            "scenery": torch.tensor(scenery),
+            "late": torch.tensor(late),
+        }
+        path = _shard(Path(output), index)
+        save_file(tensors, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+        left = (time.monotonic() - began) / done * (len(indices) - done)
+        print(f"shard {index}: {done}/{len(indices)}, {left / 60:.1f} min left", flush=True)
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
+    latents = encode(vae, to_pixels(frames)[None].to(vae.dtype), encoder_state(vae), None)
+    return latents[0].transpose(0, 1).half()
+
+
+def _scenery_row(scenery: Scenery) -> list[float]:
+    return [getattr(scenery, name) for name in Scenery.names]
+
+
+def _clip(vae: AutoencoderKLWan, rng: np.random.Generator):
+    shots, scenery = sample_clip(rng, CLIP_FRAMES, switch_probability=0.4)
+    latents = _encode(vae, render_clip(shots, scenery, CLIP_FRAMES))
+    labels = [[s for start, s in shots if start <= block_start(b)][-1].labels() for b in range(BLOCKS)]
+    return latents, labels, _scenery_row(scenery), False
+
+
+def _late_clip(vae: AutoencoderKLWan, rng: np.random.Generator):
+    """Block 0 of a stream, then blocks m .. m + 3; now and then with a switch in between or inside."""
+    scenery = Scenery.from_uniform(rng.random(len(Scenery.names)))
+    first = int(rng.integers(6, 81))
+    scenes = [(0, sample_scene(rng))]
+    if rng.random() < 0.5:  # a shot of the past
+        scenes.append((int(rng.integers(1, first - 1)), change_scene(rng, scenes[-1][1], 2)))
+    if rng.random() < 0.4:  # a switch seen with its whole window
+        scenes.append(
+            (first + 2 + int(rng.integers(2)), change_scene(rng, scenes[-1][1], int(rng.integers(1, 3))))
+        )
+    shots = [(block_start(block), scene) for block, scene in scenes]
+    # the segment's own first block warms up the encoder and is dropped
+    start = BLOCK_FRAMES * (first - 1)
+    frames = render_clip(shots, scenery, CLIP_FRAMES, first_frame=start)
+    beginning = _encode(vae, render_clip(shots[:1], scenery, block_start(1)))
+    latents = torch.cat([beginning, _encode(vae, frames)[FRAMES_PER_BLOCK:]])
+    blocks = [0, *range(first, first + BLOCKS - 1)]
+    labels = [[s for block, s in scenes if block <= b][-1].labels() for b in blocks]
+    return latents, labels, _scenery_row(scenery), True

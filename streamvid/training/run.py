@@ -1,0 +1,77 @@
+"""`streamvid train CONFIG`: build the stage a configuration names and train it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from streamvid.errors import UserError
+from streamvid.training.latents import encode_shards
+from streamvid.training.trainer import Stage, Trainer, TrainerOptions
+
+STAGES = {
+    "vae": "streamvid.training.vae_stage:VaeStage",
+    "text": "streamvid.training.text_stage:TextStage",
+    "student": "streamvid.training.student_stage:StudentStage",
+}
+KINDS = (*STAGES, "latents")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A training configuration: `kind`, the stage's arguments under `stage`, `TrainerOptions` under `trainer`.
+
+    Raises:
+        UserError: the file, its form, its kind or a trainer option is wrong.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"config = {str(path)!r} is not a file: give the path of a YAML training configuration")
+    config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    plain = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(plain, dict) or set(plain) - {"trainer"} != {"kind", "stage"}:
+        raise UserError(f"{path}: the top-level fields must be kind, stage and trainer")
+    if plain["kind"] not in KINDS:
+        raise UserError(f"{path}: kind = {plain['kind']!r} is not known: choose one of {', '.join(KINDS)}")
+    known = {f.name for f in fields(TrainerOptions)}
+    for name in plain.get("trainer", {}):
+        if name not in known:
+            raise UserError(f"{path}: trainer.{name} is not an option: choose from {', '.join(sorted(known))}")
+    return plain
+
+
+def build_stage(config: dict[str, Any]) -> Stage:
+    """The stage of a configuration."""
+    module, name = STAGES[config["kind"]].split(":")
+    try:
+        return getattr(import_module(module), name)(**config["stage"])
+    except TypeError as error:
+        raise UserError(f"stage of kind {config['kind']}: {error}") from error
+
+
+def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1) -> None:
+    """Train (or resume) what the configuration at `path` describes.
+
+    Several data-parallel processes run under torch's elastic launcher. On a CPU each uses `trainer.threads` threads:
+    small models are faster with one process per core than with one process of many threads.
+    """
+    config = load_config(path, overrides)
+    if config["kind"] == "latents":
+        encode_shards(**config["stage"], processes=processes)
+    elif processes > 1 and "LOCAL_RANK" not in os.environ:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*launcher, "-m", "streamvid.cli", "train", str(path), *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(config["trainer"].get("threads", 1))}
+        if subprocess.run(command, env=environment).returncode:
+            raise UserError(f"training {path} on {processes} processes failed: its messages are above")
+    else:
+        options = TrainerOptions(**config["trainer"])
+        torch.set_num_threads(options.threads)
+        Trainer(build_stage(config), options).run()

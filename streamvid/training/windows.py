@@ -1,0 +1,134 @@
+"""Self-attention in training: many blocks of a clip in one forward, each seeing just what it sees in a stream.
+
+The planner that runs a stream decides here too what a block attends and at which positions. A forward carries several
+streams of the same clip, one after the other along the frame axis: first the clean frames (the context), then noisy copies.
+A block of a noisy stream attends the clean frames that its plan names and its own noisy frames (teacher forcing).
+
+Two routes, equal where both exist:
+- `WindowedAttention` gathers every block's window: any position policy, no wasted work.
+- `MaskedAttention` is one attention with a mask over all tokens: absolute positions only, the form of the papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from streamvid.errors import UserError
+from streamvid.kernels.attention import attention_backend
+from streamvid.rope import Rotation, rotate, rotation
+from streamvid.window import BlockPlan, WindowOptions, WindowPlanner
+
+
+def plan_blocks(options: WindowOptions, blocks: int) -> list[BlockPlan]:
+    """Plans of the first blocks of a stream."""
+    planner = WindowPlanner(options)
+    plans = []
+    for _ in range(blocks):
+        plans.append(planner.plan())
+        planner.commit(plans[-1])
+    return plans
+
+
+class WindowedAttention:
+    """Every block against its own window (`AttentionContext`).
+
+    Args:
+        plans: of the clip's blocks.
+        streams: copies of the clip along the frame axis; the first is the clean one if `has_clean`.
+        grid: token rows and columns of a latent frame.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[BlockPlan],
+        streams: int,
+        grid: tuple[int, int],
+        head_dim: int,
+        has_clean: bool = True,
+        device: torch.device | str = "cpu",
+        attention: str = "reference",
+    ):
+        if not has_clean and len(plans) > 1:
+            raise UserError("blocks = more than one need a clean stream to attend: use has_clean=True")
+        self.plans, self.streams = plans, streams
+        self.tokens = grid[0] * grid[1]
+        self.attention = attention_backend(attention)
+        self.rotations: list[tuple[Rotation, Rotation]] = []  # of the context's keys, of the block itself
+        for plan in plans:
+            context, own = plan.positions[: -len(plan.own)], plan.positions[-len(plan.own) :]
+            self.rotations.append(
+                (rotation(context, *grid, head_dim, device), rotation(own, *grid, head_dim, device))
+            )
+
+    def attend(
+        self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
+    ) -> torch.Tensor:
+        # B (S F f) H D -> B S F f H D
+        q, k, v = (x.unflatten(1, (self.streams, -1, self.tokens)) for x in (q_BLHD, k_BLHD, v_BLHD))
+        outputs = []
+        for plan, (context_rotation, own_rotation) in zip(self.plans, self.rotations, strict=True):
+            own = slice(plan.own[0].frame, plan.own[-1].frame + 1)
+            context = [slot.frame for slot in plan.window[: -len(plan.own)]]
+            block_q, block_k, block_v = (x[:, :, own].flatten(2, 3).flatten(0, 1) for x in (q, k, v))
+            block_q, block_k = rotate(block_q, own_rotation), rotate(block_k, own_rotation)
+            if context:
+                context_k = rotate(k[:, 0, context].flatten(1, 2), context_rotation)
+                context_v = v[:, 0, context].flatten(1, 2)
+                block_k = torch.cat([context_k.repeat_interleave(self.streams, 0), block_k], 1)
+                block_v = torch.cat([context_v.repeat_interleave(self.streams, 0), block_v], 1)
+            outputs.append(self.attention(block_q, block_k, block_v).unflatten(0, (-1, self.streams)))
+        return torch.cat(outputs, 2).flatten(1, 2)
+
+
+class MaskedAttention:
+    """The same by one masked attention over all tokens; absolute positions only (`AttentionContext`).
+
+    With one stream this is block-causal (diffusion-forcing) training: a block sees the window of the same stream. With
+    two, `[clean | noisy]`, it is teacher forcing (CausVid, section 2.1 of the specification).
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[BlockPlan],
+        streams: int,
+        grid: tuple[int, int],
+        head_dim: int,
+        device: torch.device | str = "cpu",
+        attention: str = "sdpa",
+    ):
+        frames = plans[-1].own[-1].frame + 1
+        if any(
+            position != slot.frame
+            for plan in plans
+            for position, slot in zip(plan.positions, plan.window, strict=True)
+        ):
+            raise UserError("positions = cache_relative has no mask form: use WindowedAttention")
+        self.rotation = rotation(list(range(frames)) * streams, *grid, head_dim, device)
+        self.mask = attention_mask(plans, streams, grid[0] * grid[1]).to(device)
+        self.attention = attention_backend(attention)
+
+    def attend(
+        self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
+    ) -> torch.Tensor:
+        return self.attention(rotate(q_BLHD, self.rotation), rotate(k_BLHD, self.rotation), v_BLHD, self.mask)
+
+
+def attention_mask(plans: Sequence[BlockPlan], streams: int, tokens_per_frame: int) -> torch.Tensor:
+    """Boolean `[L, L]`, true where a query (row) attends a key (column), for `streams` copies of the clip."""
+    frames = plans[-1].own[-1].frame + 1
+    mask = torch.zeros(streams, frames, streams, frames, dtype=torch.bool)
+    for plan in plans:
+        own = list(plan.frames)
+        context = [frame for frame in plan.attended if frame not in own]
+        for stream in range(streams):
+            for query in own:
+                mask[stream, query, 0, context] = True
+                mask[stream, query, stream, own] = True
+    return (
+        mask.flatten(2, 3)
+        .flatten(0, 1)
+        .repeat_interleave(tokens_per_frame, 0)
+        .repeat_interleave(tokens_per_frame, 1)
+    )

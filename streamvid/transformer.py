@@ -1,0 +1,278 @@
+"""The causal Wan transformer: Wan2.1's text-to-video network with per-frame timesteps and an explicit attention context.
+
+Parameter names are those of diffusers' `WanTransformer3DModel`, so published weights load by a rename table. The network
+holds weights only. What a query may attend, at which positions, and where keys and values are kept, is the business of the
+`AttentionContext` passed to `forward`: full attention, a training window, or a stream's cache (streamvid.context).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from streamvid.kernels.attention import AttentionFunction, attention_backend
+from streamvid.rope import rotate, rotation
+
+
+class AttentionContext(Protocol):
+    """What the self-attention of every layer runs against."""
+
+    def attend(
+        self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention output `[B, L, H, D]` of this forward's tokens; q and k arrive normalised and not rotated."""
+        ...
+
+
+class PromptKV(NamedTuple):
+    """Cross-attention keys and values of one prompt, computed once: per layer `[B * N, text length, H, D]`."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+class FullAttention:
+    """Bidirectional attention over all frames of the forward, at temporal positions 0, 1, 2, ..."""
+
+    def __init__(self, frames: int, height: int, width: int, head_dim: int, device, backend: str = "auto"):
+        self.rotation = rotation(range(frames), height, width, head_dim, device)
+        self.attention = attention_backend(backend)
+
+    def attend(
+        self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
+    ) -> torch.Tensor:
+        return self.attention(rotate(q_BLHD, self.rotation), rotate(k_BLHD, self.rotation), v_BLHD)
+
+
+class WanRMSNorm(nn.Module):
+    """RMS norm over the whole model width: normalised in float32, cast back, then scaled (the order of the release)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class WanAttention(nn.Module):
+    """Projections of self- or cross-attention; the attention itself happens in a context or against a `PromptKV`."""
+
+    def __init__(self, dim: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = WanRMSNorm(dim, eps)
+        self.norm_k = WanRMSNorm(dim, eps)
+
+    def query(self, x_BLC: torch.Tensor) -> torch.Tensor:
+        return self.norm_q(self.to_q(x_BLC)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x_BLC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = self.norm_k(self.to_k(x_BLC)).unflatten(-1, (self.heads, -1))
+        return key, self.to_v(x_BLC).unflatten(-1, (self.heads, -1))
+
+    def project(self, o_BLHD: torch.Tensor) -> torch.Tensor:
+        return self.to_out[0](o_BLHD.flatten(-2))
+
+
+class CausalWanBlock(nn.Module):
+    """Modulated self-attention, cross-attention, modulated feed-forward."""
+
+    def __init__(self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.attn1 = WanAttention(dim, heads, eps)
+        self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.attn2 = WanAttention(dim, heads, eps)
+        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x_BLC: torch.Tensor,
+        modulation_BF6C: torch.Tensor,
+        prompt_key: torch.Tensor,
+        prompt_value: torch.Tensor,
+        context: AttentionContext,
+        attention: AttentionFunction,
+    ) -> torch.Tensor:
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
+            self.scale_shift_table + modulation_BF6C
+        ).unbind(2)
+        frames = modulation_BF6C.shape[1]
+
+        y = modulate(self.norm1(x_BLC), shift_sa, scale_sa)
+        attended = context.attend(self.layer, self.attn1.query(y), *self.attn1.key_value(y))
+        x_BLC = x_BLC + gate(self.attn1.project(attended), gate_sa)
+
+        # prompts may differ along the sequence: N equal groups of frames, each with its own text
+        groups = prompt_key.shape[0] // x_BLC.shape[0]
+        q = self.attn2.query(self.norm2(x_BLC))
+        q = q.unflatten(1, (groups, -1)).flatten(0, 1)
+        attended = attention(q, prompt_key, prompt_value).unflatten(0, (-1, groups)).flatten(1, 2)
+        x_BLC = x_BLC + self.attn2.project(attended)
+
+        y = modulate(self.norm3(x_BLC), shift_ff, scale_ff)
+        assert frames == shift_ff.shape[1]
+        return x_BLC + gate(self.ffn(y), gate_ff)
+
+
+def modulate(x_BLC: torch.Tensor, shift_BFC: torch.Tensor, scale_BFC: torch.Tensor) -> torch.Tensor:
+    """`x * (1 + scale) + shift` with one shift and scale per latent frame."""
+    x = x_BLC.unflatten(1, (shift_BFC.shape[1], -1))
+    return (x * (1 + scale_BFC[:, :, None]) + shift_BFC[:, :, None]).flatten(1, 2)
+
+
+def gate(x_BLC: torch.Tensor, gate_BFC: torch.Tensor) -> torch.Tensor:
+    """`x * gate` with one gate per latent frame."""
+    return (x_BLC.unflatten(1, (gate_BFC.shape[1], -1)) * gate_BFC[:, :, None]).flatten(1, 2)
+
+
+class ConditionEmbedder(nn.Module):
+    """Time and text embeddings (names as in diffusers' `WanTimeTextImageEmbedding`)."""
+
+    def __init__(self, dim: int, freq_dim: int, text_dim: int):
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TimestepEmbedding(freq_dim, dim)
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
+
+    def time(self, timestep_BF: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Time embedding `[B, F, C]` and its six-fold projection `[B, F, 6, C]`."""
+        half = self.freq_dim // 2
+        # MPS has no float64; everywhere else the sinusoid keeps the precision of the release
+        wide = torch.float32 if timestep_BF.device.type == "mps" else torch.float64
+        exponent = torch.arange(half, dtype=wide, device=timestep_BF.device) / half
+        angle = timestep_BF.to(wide)[..., None] * 10000.0**-exponent
+        embedding = self.time_embedder(torch.cat([angle.cos(), angle.sin()], -1).to(dtype))
+        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
+    """Wan2.1 text-to-video transformer for block-by-block generation (CausVid, Self Forcing and their successors).
+
+    Args:
+        patch_size: latent frames, rows and columns per token.
+        num_attention_heads, attention_head_dim: their product is the model width.
+        in_channels, out_channels: latent channels.
+        text_dim: width of the text encoder's output; freq_dim: width of the time sinusoid; ffn_dim: feed-forward width.
+        num_layers: number of blocks; cross_attn_norm: affine layer norm before cross-attention; eps: of all norms.
+        text_len: rows of text the network was trained with; shorter prompts are padded with zero rows, all attended.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["CausalWanBlock"]
+    _repeated_blocks = ["CausalWanBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm"]
+    _skip_keys = ["context", "prompt_kv"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 8960,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+        text_len: int = 512,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
+        self.blocks = nn.ModuleList(
+            CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, layer)
+            for layer in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, out_channels * patch_size[0] * patch_size[1] * patch_size[2])
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+        self.attention_name = "auto"
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a latent frame of `height` x `width`."""
+        return height // self.config.patch_size[1], width // self.config.patch_size[2]
+
+    def prompt_kv(self, text_BLD: torch.Tensor) -> PromptKV:
+        """Cross-attention keys and values of text `[B, text length, text_dim]` or `[B, N, text length, text_dim]`.
+
+        With N groups, the frames of a forward are split into N equal runs, each attending its own text.
+        """
+        text = self.condition_embedder.text_embedder(text_BLD.flatten(0, -3))
+        pairs = [block.attn2.key_value(text) for block in self.blocks]
+        return PromptKV([key for key, _ in pairs], [value for _, value in pairs])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        prompt_kv: PromptKV | None = None,
+        context: AttentionContext | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Prediction `[B, C, F, H, W]` for latents `[B, C, F, H, W]` at timesteps `[B]` or `[B, F]` in [0, 1000].
+
+        Text comes as `encoder_hidden_states` or, computed before, as `prompt_kv`. Without a `context` all frames
+        attend each other, as in the bidirectional Wan.
+        """
+        batch, _, frames, height, width = hidden_states.shape
+        rows, columns = self.token_grid(height, width)
+        attention = attention_backend(self.attention_name)
+        if prompt_kv is None:
+            prompt_kv = self.prompt_kv(encoder_hidden_states)
+        if context is None:
+            context = FullAttention(
+                frames,
+                rows,
+                columns,
+                self.config.attention_head_dim,
+                hidden_states.device,
+                self.attention_name,
+            )
+        x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
+        if timestep.ndim == 1:
+            timestep = timestep[:, None].expand(batch, frames)
+        embedding, modulation = self.condition_embedder.time(timestep, x.dtype)
+
+        for block, key, value in zip(self.blocks, prompt_kv.keys, prompt_kv.values, strict=True):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, modulation, key, value, context, attention)
+            else:
+                x = block(x, modulation, key, value, context, attention)
+
+        shift, scale = (self.scale_shift_table + embedding[:, :, None]).unbind(2)
+        x = self.proj_out(modulate(self.norm_out(x), shift, scale))
+        sample = self._unpatchify(x, frames, rows, columns)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _unpatchify(self, x_BLC: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:
+        _, patch_rows, patch_columns = self.config.patch_size
+        x = x_BLC.unflatten(1, (frames, rows, columns)).unflatten(-1, (1, patch_rows, patch_columns, -1))
+        # B F h w pt ph pw C -> B C F pt h ph w pw
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

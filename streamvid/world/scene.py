@@ -1,0 +1,123 @@
+"""What a diorama shows: the attributes a prompt names, and the scenery that no prompt names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import numpy as np
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": ("ball", "cube", "cone", "star", "heart", "ring"),
+    "colour": ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
+    "size": ("small", "large"),
+    "motion": ("stands still", "rolls left", "rolls right", "bounces", "floats", "circles"),
+    "ground": ("meadow", "sand", "ice", "rock"),
+    "sky": ("day", "sunset", "night", "dawn"),
+    "weather": ("clear", "rain", "snow"),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One value per attribute: all that a prompt can say about a shot."""
+
+    shape: str
+    colour: str
+    size: str
+    motion: str
+    ground: str
+    sky: str
+    weather: str
+
+    def __post_init__(self) -> None:
+        for name, values in ATTRIBUTES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
+
+    def labels(self) -> tuple[int, ...]:
+        """Class index of every attribute, in the order of ATTRIBUTES."""
+        return tuple(values.index(getattr(self, name)) for name, values in ATTRIBUTES.items())
+
+    @classmethod
+    def from_labels(cls, labels: Sequence[int]) -> Scene:
+        """The scene whose labels() are these."""
+        if len(labels) != len(ATTRIBUTES):
+            raise ValueError(f"a scene has {len(ATTRIBUTES)} labels, not {len(labels)}")
+        return cls(*(values[int(label)] for values, label in zip(ATTRIBUTES.values(), labels, strict=True)))
+
+
+@dataclass(frozen=True)
+class Scenery:
+    """The variables that no prompt names, each in [0, 1)."""
+
+    subject_x: float  # where the subject stands: 0 is 44 px from the left, 1 is 84 px (of 128)
+    hills: float  # which stretch of the endless hills is seen (wraps around)
+    ground_phase: float  # where the marks on the ground lie, as a share of their period (wraps around)
+    sun_x: float  # where sun or moon stands, from left to right
+    clouds: float  # where the clouds are (wraps around)
+    phase: float  # how far into its motion the subject is at frame 0, in blocks of 12 frames
+
+    names: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        for name in type(self).names:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+    @classmethod
+    def from_uniform(cls, uniform: Sequence[float] | np.ndarray) -> Scenery:
+        """Scenery from one number in [0, 1) per name, in the order of `names`."""
+        if len(uniform) != len(cls.names):
+            raise ValueError(f"scenery has {len(cls.names)} variables, not {len(uniform)}")
+        return cls(*(float(value) for value in uniform))
+
+
+Scenery.names = tuple(field.name for field in fields(Scenery))
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether the scene is kept out of training.
+
+    True for 6 of the 48 pairs of shape and colour: red ball, white cube, pink cone, purple star, blue heart
+    and green ring. Each shape and each of these colours is seen in training, the pair never is.
+    """
+    shape = ATTRIBUTES["shape"].index(scene.shape)
+    colour = ATTRIBUTES["colour"].index(scene.colour)
+    return (shape + colour) % len(ATTRIBUTES["colour"]) == 0
+
+
+def sample_scene(rng: np.random.Generator, held_out: bool | None = False) -> Scene:
+    """A uniformly drawn scene: never held out, only held out (True), or either (None)."""
+    while True:
+        scene = Scene.from_labels([int(rng.integers(len(values))) for values in ATTRIBUTES.values()])
+        if held_out is None or is_held_out(scene) == held_out:
+            return scene
+
+
+def sample_scenery(rng: np.random.Generator) -> Scenery:
+    """Uniformly drawn scenery."""
+    return Scenery.from_uniform(rng.random(len(Scenery.names)))
+
+
+def change_scene(
+    rng: np.random.Generator, scene: Scene, how_many: int = 1, held_out: bool | None = False
+) -> Scene:
+    """The scene with exactly `how_many` attributes changed; `held_out` as in sample_scene.
+
+    Raises ValueError if that is impossible, which needs a held-out start and no room to leave it: one change
+    always finds a way out by another colour or shape.
+    """
+    if not 1 <= how_many <= len(ATTRIBUTES):
+        raise ValueError(f"how_many is {how_many}; it must be 1 to {len(ATTRIBUTES)}")
+    for _ in range(10_000):
+        changes = {}
+        for index in rng.choice(len(ATTRIBUTES), size=how_many, replace=False):
+            name = tuple(ATTRIBUTES)[int(index)]
+            others = [value for value in ATTRIBUTES[name] if value != getattr(scene, name)]
+            changes[name] = others[int(rng.integers(len(others)))]
+        changed = replace(scene, **changes)
+        if held_out is None or is_held_out(changed) == held_out:
+            return changed
+    raise ValueError(f"found no {how_many} changes of {scene} with held_out={held_out}")
