@@ -35,3 +35,14 @@ lint: .venv/installed-dev
 
 test: lint
 	$(BIN)/pytest
+
+# The embedded model from nothing; every step goes on where it was stopped.
+TRAIN := $(BIN)/streamvid train configs/train
+CORES := $(shell nproc)
+.PHONY: diorama
+diorama: .venv/installed-dev
+	$(TRAIN)/diorama_text.yaml
+	$(TRAIN)/diorama_vae.yaml --processes $(CORES)
+	$(TRAIN)/diorama_latents.yaml --processes $(CORES)
+	$(TRAIN)/diorama_student.yaml --processes $(CORES)
+	$(TRAIN)/diorama_assemble.yaml

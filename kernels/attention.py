@@ -28,6 +28,8 @@ def reference(q_BLHD, k_BLHD, v_BLHD, mask=None) -> torch.Tensor:
 def sdpa(q_BLHD, k_BLHD, v_BLHD, mask=None) -> torch.Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    if mask is not None and mask.ndim < 2:  # it wants at least [Lq, Lk]
+        mask = mask[None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 

@@ -153,13 +153,14 @@ class StreamVidPipeline(DiffusionPipeline):
         chosen = method if isinstance(method, Method) else load_method(method or self.config.method)
         chosen = chosen.with_overrides(overrides or {})
         fps = fps or self.config.fps
-        shots = None if plan is None else timeline(plan, fps, chosen.frames_per_block, self.temporal_ratio, chosen.transition)
-        size = self.latent_size(height, width)
-        frames = (
+        shots = (
             None
-            if shots is None and blocks is None
-            else (shots.blocks if shots else blocks) * chosen.frames_per_block
+            if plan is None
+            else timeline(plan, fps, chosen.frames_per_block, self.temporal_ratio, chosen.transition)
         )
+        size = self.latent_size(height, width)
+        length = shots.blocks if shots is not None else blocks
+        frames = None if length is None else length * chosen.frames_per_block
         source = self._noise(noise, seed, len(prompts), frames, (self.transformer.config.in_channels, *size))
         return VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
 

@@ -67,7 +67,7 @@ def _read_torch(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        if re.search(r"Unsupported|GLOBAL", str(error)):
+        if re.search(r"GLOBAL|Unsupported (global|class)", str(error)):
             raise UserError(
                 f"{file} holds Python objects besides tensors and might run code when read: "
                 "ask its author for a safetensors file"

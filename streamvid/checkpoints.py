@@ -72,8 +72,8 @@ def fit(model: nn.Module, state: State, what: str, source: str) -> None:
     ]
     if problems:
         raise UserError(
-            f"{source} does not fit {what}: {', '.join(problems)}; it looks like {looks_like(state)}: "
-            "give the checkpoint of this model or its own config"
+            f"{source} looks like {looks_like(state)} and does not fit {what}: {', '.join(problems)}; "
+            "give the checkpoint of this model, or the right config"
         )
     model.load_state_dict(state, assign=True)
     model.requires_grad_(True)
@@ -84,7 +84,8 @@ def _size(tensor: torch.Tensor) -> str:
 
 
 def _placed(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str):
-    return model.to(device=device, dtype=dtype).eval()
+    # not diffusers' own `to`: it warns of a cast even where there is none
+    return nn.Module.to(model, device=device, dtype=dtype).eval()
 
 
 def _layers(state: State, pattern: str) -> int:
@@ -122,6 +123,8 @@ def extract_transformer(
     nested = [key for key, value in state.items() if isinstance(value, Mapping)]
     if inner is None and which == "ema":
         raise UserError(f"{source} has no averaged weights (generator_ema): leave out which = ema")
+    if inner is None and any(key.endswith("_lora") for key in nested):
+        raise UserError(f"{source} is a LoRA: give the checkpoint of its base, and this file as lora")
     if inner is None and nested:
         raise UserError(
             f"{source} holds {shortened(nested)} and no generator or model: give a generator's checkpoint"
@@ -155,8 +158,8 @@ def infer_config(state: State, head_dim: int = 128, source: str = "the checkpoin
     absent = [name for name in needed if name not in state]
     if absent or state[needed[0]].ndim != 5:
         raise UserError(
-            f"{source} looks like {looks_like(state)} and not like a Wan text-to-video transformer: "
-            f"{shortened(absent) or 'a 3D patch embedding'} is not there; give the transformer's checkpoint"
+            f"{source} looks like {looks_like(state)} and not like a Wan text-to-video transformer "
+            f"(no {absent[0] if absent else '3D patch embedding'}): give the transformer's checkpoint"
         )
     patch, out, text, time, ffn = (state[name] for name in needed)
     dim, channels, *patch_size = patch.shape
@@ -219,7 +222,9 @@ def load_transformer(
     )
     if "dim" in beside and "num_heads" in beside:  # Wan's own names
         beside["attention_head_dim"] = beside["dim"] // beside["num_heads"]
-    hints = {name: beside[name] for name in ("attention_head_dim", "eps", "text_len") if name in beside}
+    hints: dict[str, Any] = {
+        name: beside[name] for name in ("attention_head_dim", "eps", "text_len") if name in beside
+    }
     model = build_transformer(state, {**hints, **(config or {})}, str(path))
     if lora is not None:
         apply_lora(model, read_lora(lora), merge, str(lora))

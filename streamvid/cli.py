@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="streamvid", description="Streaming autoregressive video diffusion.")
+    parser = argparse.ArgumentParser(
+        prog="streamvid", description="Streaming autoregressive video diffusion."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_script(commands)
@@ -42,15 +44,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_generate(commands) -> None:
     command = commands.add_parser("generate", help="make a video from a script of timed prompts")
-    command.add_argument("script", help='a script file, or "a fox walks [5s] | it snows [10s] | # a city [8s]"')
+    command.add_argument(
+        "script", help='a script file, or "a fox walks [5s] | it snows [10s] | # a city [8s]"'
+    )
     command.add_argument(
         "-o", "--output", default="out/video.mp4", help=".mp4, .gif, .webp or a folder of PNGs (%(default)s)"
     )
-    command.add_argument("--model", help="embedded model, folder or hub id (default: the script's, else diorama)")
+    command.add_argument(
+        "--model", help="embedded model, folder or hub id (default: the script's, else diorama)"
+    )
     command.add_argument("--method", help="preset (default: the script's, else the model's)")
     command.add_argument("--seed", type=int, help="seed of the noise (default: the script's, else 0)")
     command.add_argument(
-        "--set", action="append", default=[], metavar="OPTION=VALUE", help="override an option of the method, e.g. sink=0"
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="override an option of the method, e.g. sink=0",
     )
     command.add_argument("--height", type=int, help="pixels (default: the script's, else the model's)")
     command.add_argument("--width", type=int)
@@ -61,7 +71,11 @@ def _add_generate(commands) -> None:
     command.add_argument("--attention", default="auto", help="attention backend (see streamvid info)")
     command.add_argument("--crf", type=int, help="quality of an MP4: lower is better (default 18)")
     command.add_argument(
-        "--contact-sheet", nargs="?", const="", metavar="PNG", help="also a PNG with a frame every two seconds"
+        "--contact-sheet",
+        nargs="?",
+        const="",
+        metavar="PNG",
+        help="also a PNG with a frame every two seconds",
     )
     command.add_argument("--quiet", action="store_true", help="no timeline and no progress bar")
     command.set_defaults(run=_generate)
@@ -181,7 +195,9 @@ def _train(options) -> None:
 
 
 def _add_parity(commands) -> None:
-    command = commands.add_parser("parity", help="run recorded reference cases and print the error of every tensor")
+    command = commands.add_parser(
+        "parity", help="run recorded reference cases and print the error of every tensor"
+    )
     command.add_argument("folders", nargs="+", metavar="CASE_FOLDER")
     command.set_defaults(run=_parity)
 

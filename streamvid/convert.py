@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from streamvid.checkpoints import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from streamvid.errors import UserError
 from streamvid.methods import load_method
+from streamvid.models import DTYPES
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 from streamvid.schedule import FewStepFlowScheduler
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def convert(

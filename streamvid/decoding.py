@@ -99,9 +99,8 @@ def encode_moments(
     ratio = 2 ** sum(vae.config.temperal_downsample)
     frames = pixels_BCTHW.shape[2]
     if (frames - (not state.started)) % ratio:
-        raise ValueError(
-            f"frames = {frames} does not fill latent frames: give {'a multiple of' if state.started else '1 plus a multiple of'} {ratio}"
-        )
+        wanted = f"a multiple of {ratio}" if state.started else f"1 plus a multiple of {ratio}"
+        raise ValueError(f"frames = {frames} does not fill latent frames: give {wanted}")
     x = pixels_BCTHW
     if vae.config.patch_size is not None:
         x = patchify(x, patch_size=vae.config.patch_size)

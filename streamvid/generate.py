@@ -78,8 +78,8 @@ def generate(
                 device=str(pipe.device),
             )
         )
-        if sheet is not None:
-            stack.callback(lambda: sheet.save(contact_sheet))  # also after an error or Ctrl-C
+        if sheet is not None and contact_sheet is not None:
+            stack.callback(sheet.save, contact_sheet)  # also after an error or Ctrl-C
         bar = stack.enter_context(ProgressBar(stream.fps, stream.timeline.frames, disable=quiet))
         for chunk in stream:
             writer.write(chunk.frames)

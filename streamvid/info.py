@@ -21,7 +21,9 @@ def overview() -> str:
     lines = [f"streamvid {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines.append("libraries: " + ", ".join(f"{name} {_version(name)}" for name in LIBRARIES))
     device = choose_device()
-    lines.append(f"device: {device} ({_device_name(device)}), dtype {str(choose_dtype('auto', device)).split('.')[-1]}")
+    lines.append(
+        f"device: {device} ({_device_name(device)}), dtype {str(choose_dtype('auto', device)).split('.')[-1]}"
+    )
     lines.append(f"threads: {torch.get_num_threads()}")
     lines.append(f"attention backends: {', '.join(BACKENDS)}")
     lines.append(f"methods: {', '.join(method_names())}")
@@ -37,7 +39,9 @@ def overview() -> str:
 def model_details(name: str) -> str:
     """What an embedded model is and which words it knows."""
     if name not in embedded_models():
-        raise UserError(f"model = {name!r} is not an embedded model: choose one of {', '.join(embedded_models())}")
+        raise UserError(
+            f"model = {name!r} is not an embedded model: choose one of {', '.join(embedded_models())}"
+        )
     from streamvid.world.prompts import VOCABULARY
     from streamvid.world.scene import ATTRIBUTES
 

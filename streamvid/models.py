@@ -38,7 +38,9 @@ def resolve_model(name: str) -> str:
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
             return name
-        raise UserError(f"model = {name!r} is a folder without model_index.json: make one with `streamvid convert`")
+        raise UserError(
+            f"model = {name!r} is a folder without model_index.json: make one with `streamvid convert`"
+        )
     if folder.is_file():
         raise UserError(f"model = {name!r} is a single file: turn it into a folder with `streamvid convert`")
     parts = name.split("/")
@@ -66,7 +68,9 @@ def choose_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device = {name!r} asks for CUDA, which is not available here: use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device = {name!r} does not exist: there are {torch.cuda.device_count()} CUDA devices")
+        raise UserError(
+            f"device = {name!r} does not exist: there are {torch.cuda.device_count()} CUDA devices"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {name!r} is not available here: use --device cpu")
     return device
@@ -100,14 +104,16 @@ def load_pipeline(model: str = DEFAULT_MODEL, device: str = "auto", dtype: str =
         model: an embedded model, a folder, or a hub id.
         device, dtype: `auto` chooses (`choose_device`, `choose_dtype`).
     """
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 
     source, target = resolve_model(model), choose_device(device)
-    logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
-        pipe = StreamVidPipeline.from_pretrained(source, torch_dtype=choose_dtype(dtype, target))
+        pipe = StreamVidPipeline.from_pretrained(source, dtype=choose_dtype(dtype, target))
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise for a broken or missing model
@@ -120,7 +126,7 @@ def describe_model(name: str) -> dict[str, Any]:
     """Facts of an embedded model: sizes, method, and what its card says in numbers."""
     folder = embedded_models()[name]
     index = json.loads((folder / "model_index.json").read_text())
-    files = [path for path in folder.rglob("*.safetensors")]
+    files = folder.rglob("*.safetensors")
     return {
         "name": name,
         "bytes": sum(path.stat().st_size for path in files),

@@ -31,10 +31,7 @@ def flow_table(
 
     `extra_one_step` divides [sigma_max, sigma_min] into one step more and leaves out its end.
     """
-    if extra_one_step:
-        u = torch.linspace(sigma_max, sigma_min, rows + 1)[:-1]
-    else:
-        u = torch.linspace(sigma_max, sigma_min, rows)
+    u = torch.linspace(sigma_max, sigma_min, rows + extra_one_step)[:rows]
     sigmas = shift * u / (1 + (shift - 1) * u)
     return sigmas, sigmas * num_train_timesteps
 

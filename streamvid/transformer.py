@@ -7,7 +7,7 @@ holds weights only. What a query may attend, at which positions, and where keys 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +115,6 @@ class CausalWanBlock(nn.Module):
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
             self.scale_shift_table + modulation_BF6C
         ).unbind(2)
-        frames = modulation_BF6C.shape[1]
 
         y = modulate(self.norm1(x_BLC), shift_sa, scale_sa)
         attended = context.attend(self.layer, self.attn1.query(y), *self.attn1.key_value(y))
@@ -129,7 +128,6 @@ class CausalWanBlock(nn.Module):
         x_BLC = x_BLC + self.attn2.project(attended)
 
         y = modulate(self.norm3(x_BLC), shift_ff, scale_ff)
-        assert frames == shift_ff.shape[1]
         return x_BLC + gate(self.ffn(y), gate_ff)
 
 
@@ -223,7 +221,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         With N groups, the frames of a forward are split into N equal runs, each attending its own text.
         """
         text = self.condition_embedder.text_embedder(text_BLD.flatten(0, -3))
-        pairs = [block.attn2.key_value(text) for block in self.blocks]
+        blocks: Any = self.blocks  # nn.ModuleList has no element type
+        pairs = [block.attn2.key_value(text) for block in blocks]
         return PromptKV([key for key, _ in pairs], [value for _, value in pairs])
 
     def forward(
@@ -244,6 +243,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         rows, columns = self.token_grid(height, width)
         attention = attention_backend(self.attention_name)
         if prompt_kv is None:
+            assert encoder_hidden_states is not None, "give encoder_hidden_states or prompt_kv"
             prompt_kv = self.prompt_kv(encoder_hidden_states)
         if context is None:
             context = FullAttention(

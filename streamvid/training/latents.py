@@ -84,7 +84,7 @@ def _encode_some(
     vae_path: str, output: str, indices: list[int], count: int, seed: int, late_share: float
 ) -> None:
     torch.set_num_threads(1)
-    vae = AutoencoderKLWan.from_pretrained(vae_path, torch_dtype=torch.bfloat16)
+    vae = AutoencoderKLWan.from_pretrained(vae_path, dtype=torch.bfloat16)
     began = time.monotonic()
     for done, index in enumerate(indices, 1):
         rng = np.random.default_rng([seed, index])

@@ -11,8 +11,7 @@ from torch import nn
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` for weights of any rank >= 2: convolutions are updated as `[out, rest]` matrices.
 
-    The optimizer works on flat views that share memory with the real parameters, so build it after the model is on its
-    device. Learning rates are matched to AdamW's (scale 0.2 sqrt(max(rows, columns))).
+    The optimizer works on flat views that share memory with the real parameters. Learning rates are matched to AdamW's (scale 0.2 sqrt(max(rows, columns))).
     """
 
     def __init__(
@@ -27,6 +26,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         for original, flat in zip(self.originals, self.param_groups[0]["params"], strict=True):
+            flat.data = original.data.view(flat.shape)  # distributed wrappers move a parameter's storage
             flat.grad = None if original.grad is None else original.grad.reshape(flat.shape)
         return super().step(closure)
 
@@ -52,7 +52,8 @@ def build_optimizers(
     module: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float = 0.0
 ) -> list[torch.optim.Optimizer]:
     """Muon on hidden matrices, AdamW (betas 0.9, 0.99) on everything else that requires grad."""
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1

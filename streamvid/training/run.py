@@ -15,7 +15,6 @@ import torch
 from omegaconf import OmegaConf
 
 from streamvid.errors import UserError
-from streamvid.training.latents import encode_shards
 from streamvid.training.trainer import Stage, Trainer, TrainerOptions
 
 STAGES = {
@@ -23,7 +22,11 @@ STAGES = {
     "text": "streamvid.training.text_stage:TextStage",
     "student": "streamvid.training.student_stage:StudentStage",
 }
-KINDS = (*STAGES, "latents")
+JOBS = {  # done by one call, without a training loop
+    "latents": "streamvid.training.latents:encode_shards",
+    "assemble": "streamvid.training.assemble:assemble",
+}
+KINDS = (*STAGES, *JOBS)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -33,9 +36,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         UserError: the file, its form, its kind or a trainer option is wrong.
     """
     if not Path(path).is_file():
-        raise UserError(f"config = {str(path)!r} is not a file: give the path of a YAML training configuration")
+        raise UserError(
+            f"config = {str(path)!r} is not a file: give the path of a YAML training configuration"
+        )
     config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     if not isinstance(plain, dict) or set(plain) - {"trainer"} != {"kind", "stage"}:
         raise UserError(f"{path}: the top-level fields must be kind, stage and trainer")
     if plain["kind"] not in KINDS:
@@ -43,13 +48,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     known = {f.name for f in fields(TrainerOptions)}
     for name in plain.get("trainer", {}):
         if name not in known:
-            raise UserError(f"{path}: trainer.{name} is not an option: choose from {', '.join(sorted(known))}")
+            raise UserError(
+                f"{path}: trainer.{name} is not an option: choose from {', '.join(sorted(known))}"
+            )
     return plain
 
 
 def build_stage(config: dict[str, Any]) -> Stage:
     """The stage of a configuration."""
-    module, name = STAGES[config["kind"]].split(":")
+    return _call(STAGES[config["kind"]], config)
+
+
+def _call(target: str, config: dict[str, Any]) -> Any:
+    module, name = target.split(":")
     try:
         return getattr(import_module(module), name)(**config["stage"])
     except TypeError as error:
@@ -63,10 +74,17 @@ def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1) -
     small models are faster with one process per core than with one process of many threads.
     """
     config = load_config(path, overrides)
-    if config["kind"] == "latents":
-        encode_shards(**config["stage"], processes=processes)
+    if config["kind"] in JOBS:
+        extra = {"processes": processes} if config["kind"] == "latents" else {}
+        _call(JOBS[config["kind"]], {**config, "stage": {**config["stage"], **extra}})
     elif processes > 1 and "LOCAL_RANK" not in os.environ:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
         command = [*launcher, "-m", "streamvid.cli", "train", str(path), *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": str(config["trainer"].get("threads", 1))}
         if subprocess.run(command, env=environment).returncode:

@@ -88,7 +88,7 @@ class StudentStage(Stage):
         clips = load_clips(latents)
         held = torch.arange(len(clips)) < VALIDATION_CLIPS
         self.clips, self.validation_clips = _select(clips, ~held), _select(clips, held)
-        self.register_buffer("mean_latents", mean_latents(self.clips), persistent=False)
+        self.mean_latents = mean_latents(self.clips)
         self.batch_size, self.first_block_batch = batch_size, first_block_batch
         self.first_block_share, self.rollout_share, self.rollout_from = (
             first_block_share,
@@ -267,21 +267,18 @@ class StudentStage(Stage):
                 else draw
             )
 
+        def record(index: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
+            seen.append(x_t)
+
         own, inputs = [], []
+        seen: list[torch.Tensor] = []
         for block in range(BLOCKS):
-            seen: list[torch.Tensor] = []
+            seen.clear()
             kv = self.transformer.prompt_kv(batch["text"][:, block])
             plan = cache.planner.plan()
             cache.begin(plan)
             x_0 = few_step_block(
-                self.transformer,
-                self.scheduler,
-                steps,
-                plan,
-                kv,
-                cache,
-                noise,
-                lambda i, x_t, x_0, seen=seen: seen.append(x_t),
+                self.transformer, self.scheduler, steps, plan, kv, cache, noise, on_step=record
             ).float()
             self.transformer(x_0, torch.zeros(shape[0], FRAMES_PER_BLOCK), prompt_kv=kv, context=cache)
             cache.commit(plan, x_0)

@@ -29,7 +29,10 @@ from streamvid.training.optimizers import build_optimizers, learning_rate_factor
 
 @dataclass
 class TrainerOptions:
-    """How to train, apart from what. Learning rates are peaks; `ema` is the decay per step (0: off); `threads` per process."""
+    """How to train, apart from what.
+
+    Learning rates are peaks; `ema` is the decay per step (0: off); `threads` are CPU threads of a process.
+    """
 
     output: str
     steps: int

@@ -137,7 +137,7 @@ def reconstruction_quality(
 ) -> dict[str, Any]:
     """PSNR in dB of held-out renders sent through the VAE: mean over clips, the first and the last frames."""
     rng = np.random.default_rng(seed)
-    curves, rows, spread = [], [], None
+    curves, rows, spread = [], [], torch.zeros(0)
     for _ in range(clips):
         shots, scenery = sample_clip(rng, frames, held_out=True)
         truth = to_pixels(render_clip(shots, scenery, frames))[None]

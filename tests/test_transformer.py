@@ -1,0 +1,103 @@
+"""The causal transformer: Wan's network, one timestep per frame, text computed once."""
+
+import inspect
+
+import pytest
+import tiny
+import torch
+from diffusers import WanTransformer3DModel
+
+from streamvid.transformer import CausalWanTransformer3DModel, FullAttention, WanRMSNorm
+
+FRAMES = 3
+
+
+@pytest.fixture
+def model() -> CausalWanTransformer3DModel:
+    return tiny.shared_transformer()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cross_attn_norm", [True, False])
+def test_without_a_context_it_is_diffusers_wan(cross_attn_norm):
+    """The same parameter names, shapes and outputs, with weights that leave no term at zero."""
+    ours = tiny.transformer(cross_attn_norm=cross_attn_norm)
+    config = {name: ours.config[name] for name in inspect.signature(type(ours)).parameters if name != "text_len"}
+    theirs = WanTransformer3DModel(**config, qk_norm="rms_norm_across_heads").eval()
+    theirs.load_state_dict(ours.state_dict())
+    latents, timestep, rows = tiny.clip(0, FRAMES, 2), torch.tensor([1000.0, 333.3]), tiny.text(1, 2)
+    torch.testing.assert_close(
+        ours(latents, timestep, rows).sample, theirs(latents, timestep, rows).sample, atol=2e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_a_timestep_per_frame_is_one_for_all_where_they_agree(model):
+    latents, rows = tiny.clip(0, FRAMES, 2), tiny.text(1, 2)
+    shared = model(latents, torch.tensor([700.0, 20.0]), rows).sample
+    each = model(latents, torch.tensor([[700.0] * FRAMES, [20.0] * FRAMES]), rows).sample
+    assert torch.equal(shared, each)
+
+
+class Alone:
+    """Every frame attends itself only."""
+
+    def attend(self, layer, q, k, v):
+        one = FullAttention(1, *tiny.GRID, 12, "cpu")
+        pieces = zip(*(x.split(tiny.TOKENS, 1) for x in (q, k, v)), strict=True)
+        return torch.cat([one.attend(layer, *piece) for piece in pieces], 1)
+
+
+@torch.no_grad()
+def test_timesteps_and_texts_are_those_of_their_frames(model):
+    """Where frames cannot see each other, each comes out as if it were alone."""
+    latents, rows = tiny.clip(0, 4, 2), tiny.text(1, 2, 2)  # two texts for two frames each
+    timestep = torch.tensor([[1000.0, 0.0, 412.5, 3.0], [1.0, 999.0, 250.0, 250.0]])
+    together = model(latents, timestep, rows, context=Alone()).sample
+    for frame in range(4):
+        own = slice(frame, frame + 1)
+        one = model(latents[:, :, own], timestep[:, own], rows[:, frame // 2]).sample
+        torch.testing.assert_close(together[:, :, own], one, atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_text_computed_before_gives_the_same(model):
+    latents, timestep, rows = tiny.clip(0, FRAMES, 2), torch.full((2,), 500.0), tiny.text(1, 2)
+    prompt_kv = model.prompt_kv(rows)
+    given = model(latents, timestep, prompt_kv=prompt_kv, return_dict=False)[0]
+    assert torch.equal(given, model(latents, timestep, rows).sample)
+
+
+@torch.no_grad()
+def test_videos_of_a_batch_do_not_see_each_other(model):
+    latents, timestep, rows = tiny.clip(0, FRAMES, 2), torch.tensor([900.0, 100.0]), tiny.text(1, 2)
+    both = model(latents, timestep, rows).sample
+    for i in range(2):
+        one = model(latents[i : i + 1], timestep[i : i + 1], rows[i : i + 1]).sample
+        torch.testing.assert_close(both[i : i + 1], one, atol=2e-6, rtol=0)
+
+
+def test_rms_norm_is_cast_before_it_is_scaled():
+    norm = WanRMSNorm(16, 1e-6).bfloat16()
+    norm.weight.data = tiny.normal(0, 16).bfloat16()
+    x = tiny.normal(1, 3, 16).bfloat16()
+    wide = x.float()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    assert torch.equal(norm(x), normed.bfloat16() * norm.weight)
+
+
+@torch.no_grad()
+def test_half_precision_stays_near(model):
+    half = tiny.transformer().bfloat16()
+    latents, timestep, rows = tiny.clip(0, FRAMES), torch.full((1,), 500.0), tiny.text(1, 1)
+    output = half(latents.bfloat16(), timestep, rows.bfloat16()).sample
+    assert output.dtype == torch.bfloat16
+    exact = model(latents, timestep, rows).sample
+    assert (output - exact).square().mean() < 1e-3 * exact.square().mean()
+
+
+def test_saved_and_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = CausalWanTransformer3DModel.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
