@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,9 +76,11 @@ class StreamVidPipeline(DiffusionPipeline):
         Raises:
             UserError: one is empty or too long.
         """
-        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-        for text in prompts:
-            if not isinstance(text, str) or not text.strip():
+        prompts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,)
+        for text in prompts or [""]:
+            if not isinstance(text, str):
+                raise UserError(f"prompt = {text!r} must be a text or a list of texts")
+            if not text.strip():
                 raise UserError(f"prompt = {text!r} is empty: say what the video shall show")
             if len(text) > MAX_PROMPT_CHARACTERS:
                 raise UserError(
@@ -99,8 +102,8 @@ class StreamVidPipeline(DiffusionPipeline):
         """
         size = []
         for name, value, axis in (
-            ("height", height or self.config.height, 1),
-            ("width", width or self.config.width, 2),
+            ("height", self.config.height if height is None else height, 1),
+            ("width", self.config.width if width is None else width, 2),
         ):
             unit = self.spatial_ratio * self.transformer.config.patch_size[axis]
             if value <= 0 or value % unit:
@@ -112,7 +115,7 @@ class StreamVidPipeline(DiffusionPipeline):
 
     def stream(
         self,
-        script: Script | str | Sequence[str],
+        script: Script | str | Path | Sequence[str],
         *,
         method: str | Method | None = None,
         overrides: Mapping[str, Any] | None = None,
@@ -134,7 +137,7 @@ class StreamVidPipeline(DiffusionPipeline):
             overrides: single options of the method, on top of the script's.
             seed: of the noise, one number (video i of a batch uses seed + i) or one per video.
             height, width, fps: of the video; default: the script's, else the model's.
-            blocks: stop after so many blocks.
+            blocks: stop after so many blocks at the latest.
             noise: `seeded` (from seed, block and step), `reference` (the releases' draw order), or a noise source.
             attention: attention backend; decode_pixels: False leaves `chunk.videos` empty.
         """
@@ -145,28 +148,39 @@ class StreamVidPipeline(DiffusionPipeline):
             method = method or plan.method
             overrides = {**plan.overrides, **(overrides or {})}
             seed = plan.seed if seed is None else seed
-            height, width, fps = height or plan.height, width or plan.width, fps or plan.fps
+            height, width = plan.height if height is None else height, plan.width if width is None else width
+            fps = plan.fps if fps is None else fps
             first = PromptChange(prompts, None, first_shot.seed, first_shot.overrides)
         else:
             prompts = self.check_prompts(script)  # type: ignore[arg-type]
             first = PromptChange(prompts)
-        chosen = method if isinstance(method, Method) else load_method(method or self.config.method)
-        chosen = chosen.with_overrides(overrides or {})
-        fps = fps or self.config.fps
+        chosen = self._method(method, overrides)
+        fps = self.config.fps if fps is None else fps
+        for name, value in (("fps", fps), ("blocks", blocks)):
+            if value is not None and not value > 0:
+                raise UserError(f"{name} = {value} must be above 0")
         shots = (
             None
             if plan is None
             else timeline(plan, fps, chosen.frames_per_block, self.temporal_ratio, chosen.transition)
         )
         size = self.latent_size(height, width)
-        length = shots.blocks if shots is not None else blocks
+        length = (
+            shots.blocks if shots is not None else blocks
+        )  # of the clip whose noise the releases draw at once
         frames = None if length is None else length * chosen.frames_per_block
         source = self._noise(noise, seed, len(prompts), frames, (self.transformer.config.in_channels, *size))
         return VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
 
-    def _as_script(self, script: Script | str | Sequence[str]) -> Script | None:
+    def _method(self, method: str | Method | None, overrides: Mapping[str, Any] | None) -> Method:
+        chosen = method if isinstance(method, Method) else load_method(method or self.config.method)
+        return chosen.with_overrides(overrides or {})
+
+    def _as_script(self, script: Script | str | Path | Sequence[str]) -> Script | None:
         if isinstance(script, Script):
             return script
+        if isinstance(script, Path):
+            return load_script(script)
         if isinstance(script, str) and (
             "[" in script or "|" in script or script.endswith((".yaml", ".yml", ".json", ".jsonl", ".txt"))
         ):
@@ -181,6 +195,8 @@ class StreamVidPipeline(DiffusionPipeline):
         seed = 0 if seed is None else seed
         if noise == "seeded":
             seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
+            if not all(isinstance(number, int) and number >= 0 for number in seeds):
+                raise UserError(f"seed = {seed} must be a whole number from 0, or a list of them")
             if len(seeds) != batch:
                 raise UserError(
                     f"seed = {seeds} has {len(seeds)} numbers for {batch} videos: give one per video"
@@ -199,7 +215,7 @@ class StreamVidPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | Script,
+        prompt: Script | str | Path | Sequence[str],
         num_frames: int | None = None,
         *,
         output_type: str = "pil",
@@ -210,7 +226,7 @@ class StreamVidPipeline(DiffusionPipeline):
 
         Args:
             prompt: as in `stream`; a script brings its own length.
-            num_frames: pixel frames, default 81 (5 s at 16 fps).
+            num_frames: pixel frames, default 81 (5 s at 16 fps), or what `blocks` gives.
             output_type: `pil`, `np`, `pt` or `latent` (see `StreamVidPipelineOutput`).
             options: those of `stream`.
         """
@@ -221,12 +237,16 @@ class StreamVidPipeline(DiffusionPipeline):
         if num_frames is not None and num_frames < 1:
             raise UserError(f"num_frames = {num_frames} must be at least 1")
         script = self._as_script(prompt)
+        if script is None:
+            method = self._method(options.pop("method", None), options.pop("overrides", None))
+            if num_frames is None and options.get("blocks") is None:
+                num_frames = 81
+            if num_frames is not None:
+                options["blocks"] = -(-self._latent_frames(num_frames) // method.frames_per_block)
+            options["method"] = method
         stream = self.stream(
             prompt if script is None else script, decode_pixels=output_type != "latent", **options
         )
-        if script is None:
-            latent_frames = 1 + -(-((num_frames or 81) - 1) // self.temporal_ratio)
-            stream.blocks = -(-latent_frames // stream.method.frames_per_block)
         with self.progress_bar(total=stream.blocks) as bar:
             chunks = []
             for chunk in stream:
@@ -235,9 +255,14 @@ class StreamVidPipeline(DiffusionPipeline):
         frames = self._gather(chunks, num_frames if script is None else None, output_type)
         return StreamVidPipelineOutput(frames=frames) if return_dict else (frames,)
 
+    def _latent_frames(self, num_frames: int) -> int:
+        """Latent frames that give at least so many pixel frames."""
+        return 1 + -(-(num_frames - 1) // self.temporal_ratio)
+
     def _gather(self, chunks, num_frames: int | None, output_type: str):
         if output_type == "latent":
-            return torch.cat([chunk.latents for chunk in chunks], dim=2)
+            latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
+            return latents if num_frames is None else latents[:, :, : self._latent_frames(num_frames)]
         videos = np.concatenate([chunk.videos for chunk in chunks], axis=1)[:, : num_frames or None]
         if output_type == "pil":
             return [[Image.fromarray(frame) for frame in video] for video in videos]

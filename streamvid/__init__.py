@@ -20,10 +20,6 @@ _EXPORTS = {
     "load_pipeline": "streamvid.models",
     "load_script": "streamvid.script",
     "UserError": "streamvid.errors",
-    # `from_pretrained` looks up our components as `streamvid.<class>` and then asks which of these bases they have
-    "ModelMixin": "diffusers",
-    "SchedulerMixin": "diffusers",
-    "DiffusionPipeline": "diffusers",
 }
 
 

@@ -132,10 +132,10 @@ class ContextCache:
 
     def commit(self, plan: BlockPlan, latents_BCFHW: torch.Tensor) -> None:
         """The block's keys are those of its context pass: it joins the window with its clean latents."""
-        self.planner.commit(plan)
         self.latents[:, [slot.slot for slot in plan.own]] = latents_BCFHW.transpose(1, 2).to(
             self.latents.dtype
         )
+        self.planner.commit(plan)
 
     def clean_latents(self, plan: BlockPlan) -> torch.Tensor:
         """Clean latents `[B, C, F, H, W]` of the plan's own frames, for a replay."""

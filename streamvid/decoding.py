@@ -58,7 +58,7 @@ def decode(
     frames after the first in one call, which is faster and equal up to rounding (used in training).
     """
     mean, std = latent_statistics(vae, latents_BCFHW)
-    # the reference divides by 1/std instead of multiplying by std: algorithms, section 2.5
+    # the reference divides by 1/std instead of multiplying by std (in its precision)
     x = vae.post_quant_conv(latents_BCFHW / (1.0 / std) + mean)
     features = copy(state.features)
     started = state.started

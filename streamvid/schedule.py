@@ -116,7 +116,7 @@ class FewStepFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """The network's x0, from whatever it predicts. `sigma` is a number or broadcasts to `x_t`.
 
-        Computed in float64 where the device has it, returned in the dtype of the output (algorithms, section 1.4).
+        Computed in float64 where the device has it, returned in the dtype of the output, as the releases do.
         """
         if self.config.prediction_type == "sample":
             return output

@@ -31,7 +31,7 @@ from streamvid.transformer import PromptKV
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
-    from streamvid.script import Timeline
+    from streamvid.script import Timeline, TimelineShot
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ class VideoStream:
         latent_size: latent rows and columns.
         noise: noise source.
         fps: frames per second of the video.
-        timeline: shots of a script; the stream ends with it. None: `blocks` decides, and None there is endless.
+        timeline: shots of a script; the stream ends with it.
+        blocks: end after so many blocks at the latest; None: with the timeline, and without one never.
         attention: name of the attention backend.
+        decode_pixels: False leaves the chunks without pixels; their times stay what they would be.
     """
 
     def __init__(
@@ -103,7 +105,8 @@ class VideoStream:
         decode_pixels: bool = True,
     ):
         self.pipe, self.method, self.fps, self.timeline = pipe, method, fps, timeline
-        self.blocks = timeline.blocks if timeline is not None else blocks
+        lengths = [n for n in (blocks, timeline.blocks if timeline is not None else None) if n is not None]
+        self.blocks = min(lengths, default=None)
         config = pipe.transformer.config
         self.cache = ContextCache(
             method.window_options(),
@@ -128,6 +131,10 @@ class VideoStream:
         self._pending: PromptChange | None = None
         self._lock = threading.Lock()
         self._closed = False
+        for shot in (
+            timeline.shots if timeline is not None else ()
+        ):  # an impossible one is refused now, not in minutes
+            self._after(self._change_to(shot))
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -140,8 +147,13 @@ class VideoStream:
             policy: name of a switch policy; None takes the method's.
         """
         prompts = self.pipe.check_prompts(text)
-        if len(prompts) != len(self.current.prompts):
-            prompts = prompts * len(self.current.prompts)
+        videos = len(self.current.prompts)
+        if len(prompts) not in (1, videos):
+            raise UserError(
+                f"prompt has {len(prompts)} texts for {videos} videos: give one for all or one each"
+            )
+        if len(prompts) != videos:
+            prompts = prompts * videos
         if policy is not None:
             switch_policy(policy)
         with self._lock:
@@ -167,7 +179,7 @@ class VideoStream:
         clock = _Clock()
         with self._lock:
             pending = self._pending
-        change = pending or self._scripted_change()
+        change = self._change(pending)
         state = self._after(change)
         events: tuple[str, ...] = ()
         with clock.stage("switch"):
@@ -196,6 +208,8 @@ class VideoStream:
         with clock.stage("decode"):
             decoder = state.decoder.fork()
             videos = self._pixels(latents, decoder)
+        ratio = self.pipe.temporal_ratio
+        shown = ratio * latents.shape[2] - (0 if state.decoder.started else ratio - 1)
         chunk = Chunk(
             index=self.block,
             videos=videos,
@@ -211,7 +225,7 @@ class VideoStream:
         self.cache.commit(plan, latents)
         self.current, self.noise, self.steps, self.decoder = state.current, state.noise, state.steps, decoder
         self.block += 1
-        self.frames_shown += videos.shape[1]
+        self.frames_shown += shown
         with self._lock:
             if self._pending is pending:
                 self._pending = None
@@ -219,14 +233,19 @@ class VideoStream:
 
     # --- parts of a block -------------------------------------------------------------------------------------------
 
-    def _scripted_change(self) -> PromptChange | None:
-        """The script's change at this block, if a shot starts here."""
-        if self.timeline is None:
-            return None
-        shot = self.timeline.shot_of_block(self.block)
-        if shot.first_block != self.block:
-            return None
-        prompts = (shot.prompt,) * len(self.current.prompts)
+    def _change(self, pending: PromptChange | None) -> PromptChange | None:
+        """The change at this block: a shot that starts here, or a live prompt, which replaces the words of a shot only."""
+        scripted = None
+        if self.timeline is not None:
+            shot = self.timeline.shot_of_block(self.block)
+            scripted = self._change_to(shot) if shot.first_block == self.block else None
+        if pending is None:
+            return scripted
+        base = scripted or replace(self.current, policy=None)
+        return replace(base, prompts=pending.prompts, policy=pending.policy or base.policy)
+
+    def _change_to(self, shot: TimelineShot) -> PromptChange:
+        prompts = self.pipe.check_prompts(shot.prompt) * len(self.current.prompts)
         return PromptChange(prompts, shot.transition, shot.seed, shot.overrides)
 
     def _after(self, change: PromptChange | None) -> _Next:
@@ -258,7 +277,7 @@ class VideoStream:
     def _keys_of(self, prompts: tuple[str, ...]) -> PromptKV:
         """Cross-attention keys and values, computed once per prompt."""
         if self._prompt_kv is None or self._prompt_kv[0] != prompts:
-            embeddings = self.pipe.encode_prompt(list(prompts)).to(self.cache.keys.dtype)
+            embeddings = self.pipe.encode_prompt(list(prompts)).to(self.cache.keys)
             self._prompt_kv = (prompts, self.pipe.transformer.prompt_kv(embeddings))
         return self._prompt_kv[1]
 
@@ -273,6 +292,7 @@ class VideoStream:
 
     def _pixels(self, latents_BCFHW: torch.Tensor, decoder: VaeState) -> np.ndarray:
         if not self.decode_pixels:
+            decoder.started = True
             return np.zeros((latents_BCFHW.shape[0], 0, 0, 0, 3), np.uint8)
         pixels = decode(self.pipe.vae, latents_BCFHW.to(self.pipe.vae.dtype), decoder)
         # B C T H W in [-1, 1] -> B T H W C bytes

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from published import WAN_1_3B, WAN_14B, in_wan_names, meta, published_shapes
 from safetensors.torch import load_file, save_file
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 from transformers import UMT5Config, UMT5EncoderModel
@@ -31,48 +32,6 @@ from streamvid.errors import UserError
 from streamvid.transformer import CausalWanTransformer3DModel
 
 HEAD = {"attention_head_dim": 12, "text_len": tiny.TEXT_LENGTH}  # what shapes do not tell
-WAN_1_3B = {"dim": 1536, "ffn": 8960, "heads": 12, "layers": 30}
-WAN_14B = {"dim": 5120, "ffn": 13824, "heads": 40, "layers": 40}
-
-
-def published_shapes(dim: int, ffn: int, layers: int, **_) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an original Wan2.1 text-to-video checkpoint, written down from the published table."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "patch_embedding.weight": (dim, 16, 1, 2, 2),
-        "patch_embedding.bias": (dim,),
-        "text_embedding.0.weight": (dim, 4096),
-        "text_embedding.2.weight": (dim, dim),
-        "time_embedding.0.weight": (dim, 256),
-        "time_embedding.2.weight": (dim, dim),
-        "time_projection.1.weight": (6 * dim, dim),
-        "time_projection.1.bias": (6 * dim,),
-        "head.head.weight": (64, dim),
-        "head.head.bias": (64,),
-        "head.modulation": (1, 2, dim),
-    }
-    for name in ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"):
-        shapes[f"{name}.bias"] = (dim,)
-    for layer in range(layers):
-        block = f"blocks.{layer}"
-        shapes[f"{block}.modulation"] = (1, 6, dim)
-        for attention in ("self_attn", "cross_attn"):
-            for part in "qkvo":
-                shapes[f"{block}.{attention}.{part}.weight"] = (dim, dim)
-                shapes[f"{block}.{attention}.{part}.bias"] = (dim,)
-            for part in "qk":
-                shapes[f"{block}.{attention}.norm_{part}.weight"] = (dim,)
-        shapes |= {f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,)}
-        shapes |= {f"{block}.ffn.0.weight": (ffn, dim), f"{block}.ffn.0.bias": (ffn,)}
-        shapes |= {f"{block}.ffn.2.weight": (dim, ffn), f"{block}.ffn.2.bias": (dim,)}
-    return shapes
-
-
-def meta(shapes) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-def in_wan_names(state, rules=TRANSFORMER) -> dict[str, torch.Tensor]:
-    return {renamed(name, rules, to_wan=True): tensor.contiguous() for name, tensor in state.items()}
 
 
 def same(model, state) -> bool:

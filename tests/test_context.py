@@ -7,9 +7,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streamvid.kernels.attention import reference
 
 from streamvid.context import contiguous_runs
-from streamvid.kernels.attention import reference
 from streamvid.rope import rotate, rotation
 from streamvid.window import POSITIONS, WindowOptions
 
@@ -22,7 +22,9 @@ class LiteralContext:
     """A stream's window written out: raw keys of all frames, concatenated and rotated at the plan's positions each time."""
 
     def __init__(self):
-        self.raw: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # (layer, frame) -> key, value
+        self.raw: dict[
+            tuple[int, int], tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # (layer, frame) -> key, value
 
     def begin(self, plan):
         self.plan = plan

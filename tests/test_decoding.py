@@ -129,7 +129,9 @@ def test_moments_are_not_normalised():
 def test_frames_that_fill_no_latent_frame_are_refused():
     vae, _, _, pixels, _ = case(False)
     state = encoder_state(vae)
-    with pytest.raises(ValueError, match="frames = 4 does not fill latent frames: give 1 plus a multiple of 4"):
+    with pytest.raises(
+        ValueError, match="frames = 4 does not fill latent frames: give 1 plus a multiple of 4"
+    ):
         encode(vae, pixels[:, :, :4], state)
     encode(vae, pixels[:, :, :5], state)
     with pytest.raises(ValueError, match="frames = 5 does not fill latent frames: give a multiple of 4"):

@@ -60,7 +60,9 @@ def test_sigma_is_that_of_the_nearest_row():
     assert float(scheduler.sigma(torch.tensor(0.0))) == pytest.approx(0.00498, abs=1e-5)  # not 0
     assert float(scheduler.sigma(torch.tensor(1000.0))) == 1.0
     timesteps = torch.rand(3, 4) * 1000
-    nearest = [[min(range(1000), key=lambda r: abs(scheduler.timesteps[r] - t)) for t in row] for row in timesteps]
+    nearest = [
+        [min(range(1000), key=lambda r: abs(scheduler.timesteps[r] - t)) for t in row] for row in timesteps
+    ]
     assert scheduler.nearest_index(timesteps).tolist() == nearest
     middle = (scheduler.timesteps[10:11] + scheduler.timesteps[11:12]) / 2
     assert scheduler.nearest_index(middle).item() in (10, 11)
@@ -132,10 +134,14 @@ def test_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("levels", [(), (500, 750), (1000, 1000), (1001,), (-1,)])
 def test_impossible_levels_are_refused(levels):
-    with pytest.raises(UserError, match=r"denoising_steps = .* must be descending numbers between 0 and 1000, e.g."):
+    with pytest.raises(
+        UserError, match=r"denoising_steps = .* must be descending numbers between 0 and 1000, e.g."
+    ):
         FewStepFlowScheduler(denoising_steps=levels)
 
 
 def test_an_unknown_prediction_type_is_named():
-    with pytest.raises(UserError, match="prediction_type = 'noise' is not known: choose one of flow_prediction, sam"):
+    with pytest.raises(
+        UserError, match="prediction_type = 'noise' is not known: choose one of flow_prediction, sam"
+    ):
         FewStepFlowScheduler(prediction_type="noise")

@@ -22,7 +22,9 @@ def model() -> CausalWanTransformer3DModel:
 def test_without_a_context_it_is_diffusers_wan(cross_attn_norm):
     """The same parameter names, shapes and outputs, with weights that leave no term at zero."""
     ours = tiny.transformer(cross_attn_norm=cross_attn_norm)
-    config = {name: ours.config[name] for name in inspect.signature(type(ours)).parameters if name != "text_len"}
+    config = {
+        name: ours.config[name] for name in inspect.signature(type(ours)).parameters if name != "text_len"
+    }
     theirs = WanTransformer3DModel(**config, qk_norm="rms_norm_across_heads").eval()
     theirs.load_state_dict(ours.state_dict())
     latents, timestep, rows = tiny.clip(0, FRAMES, 2), torch.tensor([1000.0, 333.3]), tiny.text(1, 2)

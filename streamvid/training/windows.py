@@ -86,7 +86,7 @@ class MaskedAttention:
     """The same by one masked attention over all tokens; absolute positions only (`AttentionContext`).
 
     With one stream this is block-causal (diffusion-forcing) training: a block sees the window of the same stream. With
-    two, `[clean | noisy]`, it is teacher forcing (CausVid, section 2.1 of the specification).
+    two, `[clean | noisy]`, it is teacher forcing (CausVid).
     """
 
     def __init__(

@@ -165,9 +165,7 @@ def _train_steps(probe, optimisers, first: int, steps: int, seed: int, log: Path
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = group["peak"] * _learning_rate_share(step, steps)
         frames, labels = _batch(seed, step)
-        torch.manual_seed(
-            seed * 1_000_003 + step
-        )  # dropout, so that a resumed run equals an uninterrupted one
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout: a resumed run equals an uninterrupted one
         with torch.autocast("cpu", torch.bfloat16):
             logits = probe.logits(frames)
         losses = [

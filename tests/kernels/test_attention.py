@@ -5,9 +5,9 @@ import math
 import pytest
 import tiny
 import torch
+from streamvid.kernels.attention import BACKENDS, attention_backend, reference
 
 from streamvid.errors import UserError
-from streamvid.kernels.attention import BACKENDS, attention_backend, reference
 
 Q, K, V = tiny.normal(0, 2, 5, 3, 8), tiny.normal(1, 2, 7, 3, 8), tiny.normal(2, 2, 7, 3, 8)
 KEYS_ALIVE = torch.tensor([True, False, True, True, False, True, False])
@@ -23,7 +23,8 @@ def test_reference_is_softmax_attention():
     output = reference(Q, K, V, KEYS_ALIVE)
     for batch, query, head in [(0, 0, 0), (1, 4, 2)]:
         weights = [
-            math.exp(float(Q[batch, query, head] @ K[batch, key, head]) / math.sqrt(8)) * bool(KEYS_ALIVE[key])
+            math.exp(float(Q[batch, query, head] @ K[batch, key, head]) / math.sqrt(8))
+            * bool(KEYS_ALIVE[key])
             for key in range(7)
         ]
         expected = sum(w * V[batch, key, head] for key, w in enumerate(weights)) / sum(weights)
@@ -62,5 +63,7 @@ def test_half_precision_stays_half_precision():
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(UserError, match="attention backend = 'flash9' is not known: choose one of auto, sdpa, ref"):
+    with pytest.raises(
+        UserError, match="attention backend = 'flash9' is not known: choose one of auto, sdpa, ref"
+    ):
         attention_backend("flash9")
