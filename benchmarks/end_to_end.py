@@ -39,7 +39,10 @@ def memory_mb() -> float:
 
 def to_disk(pipe, blocks: int) -> dict[str, Any]:
     """A stream written to an MP4: frames per second, block times, stage shares."""
-    with tempfile.TemporaryDirectory() as folder, open_writer(Path(folder) / "x.mp4", pipe.config.fps) as writer:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_writer(Path(folder) / "x.mp4", pipe.config.fps) as writer,
+    ):
         stream = pipe.stream(PROMPT, blocks=blocks)
         began = time.perf_counter()
         times, stages, frames = [], {}, 0
@@ -96,14 +99,18 @@ def first_frame(model: str, runs: int = 3) -> dict[str, float]:
     results = []
     for _ in range(runs):
         program = FIRST_FRAME.format(began=time.time(), model=model, prompt=PROMPT)
-        output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout
         results.append([float(value) for value in output.split()[-2:]])
     after_load, from_start = (statistics.median(column) for column in zip(*results, strict=True))
     return {"after_load_s": round(after_load, 2), "from_process_start_s": round(from_start, 2)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="diorama")
     parser.add_argument("--blocks", type=int, default=100)
     parser.add_argument("--long-blocks", type=int, default=2040)

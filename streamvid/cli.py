@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,25 +14,41 @@ import yaml
 from streamvid.errors import UserError
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse with its errors as one sentence."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}: see `{self.prog} --help`")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 done, 1 failed check, 2 user mistake, 130 interrupted)."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        return options.run(options) or 0
-    except UserError as error:
-        print(f"streamvid: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("streamvid: interrupted; what was written so far is kept", file=sys.stderr)
-        return 130
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
+        try:
+            options = build_parser().parse_args(arguments)
+            return options.run(options) or 0
+        except UserError as error:
+            _tell(f"streamvid: {error}")
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+                raise
+            reason = str(error).split("\n")[0][:100] or "no reason given"
+            _tell(f"streamvid: there is not enough memory ({reason}): give a smaller size, window or batch")
+            return 2
+        except KeyboardInterrupt:
+            _tell("streamvid: interrupted; what was written so far is kept")
+            return 130
+
+
+def _tell(message: str) -> None:
+    """One line on the standard error."""
+    print(message.replace("\n", " "), file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="streamvid", description="Streaming autoregressive video diffusion."
-    )
+    parser = _Parser(prog="streamvid", description="Streaming autoregressive video diffusion.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_script(commands)
@@ -125,7 +142,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict:
             raise UserError(f"--set {assignment!r} must have the form OPTION=VALUE, e.g. sink=0")
         try:
             values[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
             raise UserError(f"--set {assignment!r} has a value that cannot be read: quote it") from None
     return values
 
@@ -147,6 +164,9 @@ def _check_script(options) -> None:
     from streamvid.methods import OPTION_NAMES
     from streamvid.script import format_timeline, load_script, timeline, to_yaml
 
+    for name, value in (("fps", options.fps), ("frames-per-block", options.frames_per_block)):
+        if value is not None and not 0 < value <= 1000:
+            raise UserError(f"{name} = {value} must be above 0 and at most 1000")
     script = load_script(options.script, options=OPTION_NAMES)
     _print_notes(script)
     if options.yaml:
@@ -211,17 +231,25 @@ def _parity(options) -> int:
 def _add_convert(commands) -> None:
     command = commands.add_parser("convert", help="turn published checkpoints into a model folder")
     command.add_argument("output", help="folder to write, new or empty")
-    command.add_argument("--transformer", required=True, help="the generator's checkpoint, in any published form")
+    command.add_argument(
+        "--transformer", required=True, help="the generator's checkpoint, in any published form"
+    )
     command.add_argument("--method", required=True, help="preset the transformer was distilled for")
     command.add_argument("--vae", help="file or folder of the VAE")
     command.add_argument("--text-encoder", help="file or folder of the UMT5 encoder")
     command.add_argument("--tokenizer", help="folder of the tokenizer")
-    command.add_argument("--base", help="pipeline folder (diffusers' Wan2.1) that supplies the parts not given")
+    command.add_argument(
+        "--base", help="pipeline folder (diffusers' Wan2.1) that supplies the parts not given"
+    )
     command.add_argument("--lora", help="LoRA file, merged into the transformer")
-    command.add_argument("--which", choices=("ema", "raw"), help="weights of the checkpoint (default: ema if there)")
+    command.add_argument(
+        "--which", choices=("ema", "raw"), help="weights of the checkpoint (default: ema if there)"
+    )
     command.add_argument("--head-dim", type=int, help="size of an attention head, where it is not 128")
     command.add_argument("--shift", type=float, default=5.0, help="timestep shift (%(default)s)")
-    command.add_argument("--steps", type=_numbers, default=(1000, 750, 500, 250), help="levels, e.g. 1000,750,500,250")
+    command.add_argument(
+        "--steps", type=_numbers, default=(1000, 750, 500, 250), help="levels, e.g. 1000,750,500,250"
+    )
     command.add_argument("--fps", type=float, default=16.0)
     command.add_argument("--height", type=int, default=480)
     command.add_argument("--width", type=int, default=832)

@@ -8,8 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from streamvid.errors import UserError
 from streamvid.io import ContactSheet, Manifest, ProgressBar, manifest_path, open_writer
-from streamvid.models import DEFAULT_MODEL, load_pipeline
+from streamvid.io.files import prepare_output_file
+from streamvid.io.writers import frame_rate
+from streamvid.kernels.attention import attention_backend
+from streamvid.methods import load_method
+from streamvid.models import DEFAULT_MODEL, load_pipeline, model_method
 from streamvid.script import Script, format_timeline, to_dict
 
 
@@ -45,6 +50,24 @@ def generate(
         The path of the video.
     """
     model = model or script.model or DEFAULT_MODEL
+    # what can be refused before weights are loaded is
+    ranges = (("height", height, 1, 8192), ("width", width, 1, 8192), ("seed", seed, 0, 2**63 - 1))
+    for name, value, least, most in ranges:
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{name} = {value} is out of range: give a number from {least} to {most}")
+    if fps is not None:
+        frame_rate(fps)
+    attention_backend(attention)
+    chosen = method or script.method or model_method(model)
+    if chosen is not None:
+        load_method(chosen, {**script.overrides, **(overrides or {})})
+    options = {} if crf is None else {"crf": crf}
+    if options and Path(output).suffix.lower() != ".mp4":
+        raise UserError(f"crf = {crf} is for MP4 only and output is {str(output)!r}: leave it out")
+    open_writer(output, fps or 16, **options).close()  # proves that it can be written and writes nothing
+    if contact_sheet:
+        prepare_output_file(contact_sheet)
+
     pipe = load_pipeline(model, device, dtype)
     seed = next((value for value in (seed, script.seed) if value is not None), 0)
     stream = pipe.stream(
@@ -61,7 +84,6 @@ def generate(
     assert stream.timeline is not None
     if not quiet:
         print(format_timeline(stream.timeline))
-    options = {} if crf is None else {"crf": crf}
     sheet = ContactSheet(stream.fps) if contact_sheet else None
     config = {"model": model, **asdict(stream.method), "dtype": str(pipe.transformer.dtype), "noise": noise}
     with ExitStack() as stack:

@@ -39,9 +39,9 @@ def overview() -> str:
 def model_details(name: str) -> str:
     """What an embedded model is and which words it knows."""
     if name not in embedded_models():
-        raise UserError(
-            f"model = {name!r} is not an embedded model: choose one of {', '.join(embedded_models())}"
-        )
+        known = ", ".join(embedded_models())
+        fix = f"choose one of {known}" if known else "this installation has none"
+        raise UserError(f"model = {name!r} is not an embedded model: {fix}")
     from streamvid.world.prompts import VOCABULARY
     from streamvid.world.scene import ATTRIBUTES
 

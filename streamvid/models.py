@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamvid.errors import UserError
+from streamvid.methods import load_method
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -48,9 +52,8 @@ def resolve_model(name: str) -> str:
         return name
     near = difflib.get_close_matches(name, models, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise UserError(
-        f"model = {name!r} is not known{hint}: give one of {', '.join(models)}, a folder with model_index.json, or a hub id"
-    )
+    known = ", ".join([*models, "a folder with model_index.json"])
+    raise UserError(f"model = {name!r} is not known{hint}: give {known}, or a hub id")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -64,7 +67,9 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device = {name!r} is not a device: give cpu, cuda, cuda:0 or mps") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device = {name!r} is not a device to run on: give cpu, cuda, cuda:0 or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device = {name!r} asks for CUDA, which is not available here: use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -104,22 +109,93 @@ def load_pipeline(model: str = DEFAULT_MODEL, device: str = "auto", dtype: str =
         model: an embedded model, a folder, or a hub id.
         device, dtype: `auto` chooses (`choose_device`, `choose_dtype`).
     """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    from transformers import UMT5EncoderModel
 
+    from streamvid.checkpoints import load_transformer, load_vae
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 
     source, target = resolve_model(model), choose_device(device)
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    number = choose_dtype(dtype, target)
     try:
-        pipe = StreamVidPipeline.from_pretrained(source, dtype=choose_dtype(dtype, target))
+        with _quiet_libraries():
+            folder = Path(source) if Path(source).is_dir() else Path(StreamVidPipeline.download(source))
+            # not by `from_pretrained`, which goes on with random weights where tensors are missing
+            transformer, vae = load_transformer(folder, dtype=number), load_vae(folder, dtype=number)
+            text_encoder, report = UMT5EncoderModel.from_pretrained(
+                folder / "text_encoder", dtype=number, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise UserError(
+                    f"{folder / 'text_encoder'} lacks {len(report['missing_keys'])} tensors "
+                    f"({min(report['missing_keys'])}, ...): download it again"
+                )
+            pipe = StreamVidPipeline.from_pretrained(
+                folder, dtype=number, transformer=transformer, vae=vae, text_encoder=text_encoder
+            )
+            check_parts(pipe)
+            return pipe.to(target)
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise for a broken or missing model
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model = {model!r} cannot be loaded ({type(error).__name__}: {reason})") from error
-    return pipe.to(target)
+        raise UserError(
+            f"model = {model!r} cannot be loaded ({type(error).__name__}: {reason}): "
+            "check its name and its files, or download it again"
+        ) from error
+
+
+def check_parts(pipe: StreamVidPipeline) -> None:
+    """Parts of different models do not make a pipeline.
+
+    Raises:
+        UserError: a part is of another kind, or of sizes that do not fit the others.
+    """
+    from streamvid.schedule import FewStepFlowScheduler
+
+    if not isinstance(pipe.scheduler, FewStepFlowScheduler):
+        raise UserError(
+            f"scheduler is a {type(pipe.scheduler).__name__} and not a FewStepFlowScheduler, so this is no few-step "
+            "student: make a model folder of one with `streamvid convert`"
+        )
+    config = pipe.transformer.config
+    for given, expected, what, fix in (
+        (pipe.vae.config.z_dim, config.in_channels, "vae has {} latent channels", "vae"),
+        (config.out_channels, config.in_channels, "transformer has {} output channels", "transformer"),
+        (pipe.text_encoder.config.d_model, config.text_dim, "text_encoder has a width of {}", "text encoder"),
+    ):
+        if given != expected:
+            raise UserError(
+                f"{what.format(given)}, the transformer expects {expected}: give the {fix} of the same model"
+            )
+    load_method(pipe.config.method)
+
+
+def model_method(model: str) -> str | None:
+    """The method a model was made for, without loading it; None where its index is not on this machine."""
+    index = Path(resolve_model(model)) / "model_index.json"
+    try:
+        return json.loads(index.read_text())["method"]
+    except (OSError, ValueError, KeyError):  # loading will tell
+        return None
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars and no reports from diffusers and transformers: what matters becomes an error of ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity(logging.CRITICAL)
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
 
 
 def describe_model(name: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from torch import nn
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` for weights of any rank >= 2: convolutions are updated as `[out, rest]` matrices.
 
-    The optimizer works on flat views that share memory with the real parameters. Learning rates are matched to AdamW's (scale 0.2 sqrt(max(rows, columns))).
+    The optimizer works on flat views that share memory with the real parameters. Learning rates are matched to
+    AdamW's (scale 0.2 sqrt(max(rows, columns))).
     """
 
     def __init__(

@@ -130,6 +130,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.checkpoint.is_dir():
             self.accelerator.load_state(str(self.checkpoint))
+        if self.accelerator.is_main_process:  # a killed run has told of steps that come again
+            self._forget("log.jsonl", self.progress.step)
+            self._forget("validation.jsonl", self.progress.step + 1)
         options, began = self.options, time.monotonic()
         first = self.progress.step
         while self.progress.step < options.steps:
@@ -185,6 +188,13 @@ class Trainer:
             f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "seconds")
         )
         print(f"step {step + 1}/{self.options.steps}  {numbers}  {left / 60:.1f} min left", flush=True)
+
+    def _forget(self, name: str, step: int) -> None:
+        """Drop a log's rows from `step` on, and a last row that was cut short."""
+        path = self.output / name
+        if path.is_file():
+            rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            path.write_text("".join(row for row in rows if json.loads(row)["step"] < step))
 
     def _validate(self) -> None:
         if not self.accelerator.is_main_process:

@@ -1,0 +1,170 @@
+"""The pipeline: a loop over its streams, with readable mistakes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from streamvid.pipelines.pipeline_output import StreamVidPipelineOutput
+from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
+
+from streamvid.errors import UserError
+from streamvid.methods import load_method
+from streamvid.script import load_script
+
+FOX, CAT = "a red fox walks", "the blue cat sleeps"
+SCRIPT = f"{FOX} [1s] | # {CAT} [1s]"
+
+
+@pytest.fixture
+def pipe() -> StreamVidPipeline:
+    return tiny.pipeline()
+
+
+def frames_of(stream) -> np.ndarray:
+    return np.concatenate([chunk.videos for chunk in stream], 1)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 9, 10, 25])
+def test_a_call_is_a_loop_over_a_stream(pipe, num_frames):
+    video = pipe(FOX, num_frames, seed=3, output_type="np").frames
+    assert video.shape == (1, num_frames, 32, 32, 3)
+    blocks = -(-(num_frames + 3) // 12)
+    expected = frames_of(pipe.stream(FOX, seed=3, blocks=blocks))
+    assert expected.shape[1] - num_frames < 12
+    assert np.array_equal(video, expected[:, :num_frames].astype(np.float32) / 255)
+
+
+def test_a_script_brings_its_own_length(pipe, tmp_path):
+    (tmp_path / "story.yaml").write_text(
+        f"shots:\n- {{prompt: {FOX}, duration: 1}}\n- {{prompt: {CAT}, duration: 1}}\n"
+    )
+    for script in (SCRIPT, load_script(SCRIPT), tmp_path / "story.yaml", str(tmp_path / "story.yaml")):
+        video = pipe(script, output_type="np").frames
+        stream = pipe.stream(script)
+        assert video.shape[1] == stream.timeline.frames >= 32
+        assert np.array_equal(video * 255, frames_of(stream).astype(np.float32))
+
+
+def test_the_default_length_is_that_of_the_base_model(pipe):
+    assert pipe(FOX, output_type="latent").frames.shape == (1, 16, 21, 4, 4)  # 81 pixel frames
+    options = {"frames_per_block": 4, "window": 12}
+    assert pipe(FOX, output_type="latent", overrides=options).frames.shape[2] == 21
+    assert pipe(FOX, output_type="latent", blocks=2).frames.shape[2] == 6
+    assert pipe(FOX, 10, output_type="latent", blocks=9).frames.shape[2] == 4
+
+
+def test_output_types_hold_the_same_video(pipe):
+    outputs = {kind: pipe([FOX, CAT], 9, output_type=kind).frames for kind in ("pil", "np", "pt", "latent")}
+    assert outputs["np"].shape == (2, 9, 32, 32, 3) and 0 <= outputs["np"].min() <= outputs["np"].max() <= 1
+    assert torch.equal(outputs["pt"].permute(0, 1, 3, 4, 2), torch.from_numpy(outputs["np"]))
+    assert isinstance(outputs["pil"][1][8], Image.Image)
+    assert np.array_equal(np.array(outputs["pil"][1][8]), (outputs["np"][1, 8] * 255).round())
+    assert outputs["latent"].shape == (2, 16, 3, 4, 4)
+
+
+def test_outputs_come_as_a_tuple_on_request(pipe):
+    (frames,) = pipe(FOX, 1, output_type="np", return_dict=False)
+    output = pipe(FOX, 1, output_type="np")
+    assert isinstance(output, StreamVidPipelineOutput) and np.array_equal(frames, output[0])
+
+
+def test_options_of_a_call_go_before_those_of_the_script(pipe):
+    script = load_script(
+        {
+            "method": "self_forcing",
+            "seed": 1,
+            "fps": 8,
+            "width": 64,
+            "height": 32,
+            "overrides": {"window": 9, "denoising_steps": [1000]},
+            "shots": [{"prompt": FOX, "duration": 1}],
+        }
+    )
+    stream = pipe.stream(script)
+    assert (stream.method.name, stream.method.window, stream.noise.seeds) == ("self_forcing", 9, [1])
+    assert (stream.fps, next(stream).videos.shape[2:4]) == (8, (32, 64))
+    options = {"method": "longlive", "seed": 0, "fps": 16, "width": 32, "height": 64}
+    stream = pipe.stream(script, overrides={"window": 6}, **options)
+    assert (stream.method.name, stream.method.window, stream.noise.seeds) == ("longlive", 6, [0])
+    assert (stream.fps, next(stream).videos.shape[2:4]) == (16, (64, 32))
+    assert len(stream.steps) == 1  # what only the script says still holds
+
+
+def test_what_nobody_says_is_the_model_s(pipe):
+    stream = pipe.stream(FOX)
+    assert stream.method == load_method("longlive") and stream.fps == 16 and stream.noise.seeds == [0]
+    assert stream.steps == tuple(zip(pipe.scheduler.steps, pipe.scheduler.step_sigmas, strict=True))
+    method = load_method("longlive", {"window": 6})
+    assert pipe.stream(FOX, method=method).method is method
+
+
+def test_videos_of_a_batch_have_neighbouring_seeds(pipe):
+    assert pipe.stream([FOX, CAT], seed=5).noise.seeds == [5, 6]
+    assert pipe.stream([FOX, CAT], seed=[9, 2]).noise.seeds == [9, 2]
+
+
+def test_the_reference_order_serves_calls_of_known_length(pipe):
+    video = pipe(FOX, 20, noise="reference", output_type="latent").frames
+    stream = pipe.stream(FOX, noise="reference", blocks=2, decode_pixels=False)
+    assert torch.equal(video, torch.cat([chunk.latents for chunk in stream], 2))
+    video = pipe(SCRIPT, noise="reference", output_type="latent").frames
+    assert video.shape[2] == 3 * pipe.stream(SCRIPT).blocks
+
+
+def test_ratios_are_those_of_the_vae(pipe):
+    assert (pipe.temporal_ratio, pipe.spatial_ratio) == (4, 8)
+    parts = {**pipe.components, "vae": tiny.vae(residual=True)}
+    wide = StreamVidPipeline(**parts, height=32, width=32)
+    assert (wide.temporal_ratio, wide.spatial_ratio) == (4, 8)
+    wide.set_progress_bar_config(disable=True)
+    assert wide(FOX, 9, output_type="np").frames.shape == (1, 9, 32, 32, 3)
+
+
+def test_saved_and_loaded(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = StreamVidPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert (loaded.config.height, loaded.config.method) == (32, "longlive")
+    assert np.array_equal(loaded(FOX, 12, output_type="np").frames, pipe(FOX, 12, output_type="np").frames)
+
+
+BAD = [
+    ({"prompt": ""}, "prompt = '' is empty: say what the video shall show"),
+    ({"prompt": [FOX, " "]}, "prompt = ' ' is empty: say what"),
+    ({"prompt": []}, "prompt = '' is empty: say what"),
+    ({"prompt": 5}, "prompt = 5 must be a text or a list of texts"),
+    ({"prompt": "fox " * 1000}, r"prompt = 'fox fox .*\.\.\. has 4000 characters: shorten it to 2000"),
+    ({"prompt": Path("missing.yaml")}, "missing.yaml: there is no such script file"),
+    ({"num_frames": 0}, "num_frames = 0 must be at least 1"),
+    ({"height": 33}, "height = 33 must be a positive multiple of 16, e.g. 32"),
+    ({"height": 0}, "height = 0 must be a positive multiple of 16, e.g. 16"),
+    ({"width": -16}, "width = -16 must be a positive multiple of 16, e.g. 16"),
+    ({"fps": 0}, "fps = 0 must be above 0"),
+    ({"blocks": 0, "num_frames": None}, "blocks = 0 must be above 0"),
+    ({"method": "longlife"}, r"method = 'longlife' is not known \(did you mean longlive\?\): choose one of"),
+    ({"overrides": {"windw": 3}}, r"option windw is not known \(did you mean window\?\): choose from"),
+    ({"overrides": {"window": 5}}, "window = 5 cannot hold sink = 3 and a block of 3 .* at least 6"),
+    ({"overrides": {"positions": "polar"}}, "positions = 'polar' is not known: choose one of"),
+    ({"overrides": {"transition": "fade"}}, "transition = 'fade' is not known: choose one of"),
+    ({"noise": "pink"}, "noise = 'pink' is not known: choose one of seeded, reference"),
+    ({"attention": "flash9"}, "attention backend = 'flash9' is not known: choose one of auto"),
+    ({"output_type": "gif"}, "output_type = 'gif' is not known: choose one of pil, np, pt, latent"),
+    ({"seed": -1}, "seed = -1 must be a whole number from 0, or a list of them"),
+    ({"seed": [1, 2]}, r"seed = \[1, 2\] has 2 numbers for 1 videos: give one per video"),
+    ({"seed": [1], "noise": "reference"}, r"seed = \[1\] must be one number with noise = 'reference'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[" ".join(options) for options, _ in BAD])
+def test_mistakes_are_told_in_one_sentence(pipe, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        pipe(**{"prompt": FOX, "num_frames": 9, **options})
+    assert "\n" not in str(error.value)
+
+
+def test_the_reference_order_needs_a_length(pipe):
+    with pytest.raises(UserError, match="noise = 'reference' needs a known length: give blocks or a script"):
+        pipe.stream(FOX, noise="reference")
