@@ -247,14 +247,17 @@ def test_a_chunk_commits_whole_or_not_at_all(method, switch):
     assert len(whole) == 7 and all(map(same, whole, chunks))
 
 
+@pytest.mark.parametrize("failed", [None, "recache", "cut"])
 @pytest.mark.parametrize("policy", ["cross_only", "recache", "cut"])
-def test_a_prompt_after_a_failed_block_is_as_good_as_before_it(policy):
-    """The failed block has already written into slots that the replay is about to read."""
+def test_a_failed_block_leaves_nothing_behind(policy, failed):
+    """It may have rewritten the window for its prompt, and slots that the next replay reads; another prompt follows."""
     chunks = {}
     for fails in (False, True):
         stream = start(method="longlive_infinite", blocks=7, decode_pixels=False)
         chunks[fails] = list(islice(stream, 5))
         if fails:
+            if failed:
+                stream.prompt(SNOW, failed)
             with Trap(tiny.pipeline()) as trap, pytest.raises(MemoryError):
                 trap.left, trap.error = 5, MemoryError()
                 next(stream)

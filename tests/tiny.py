@@ -106,10 +106,11 @@ def scheduler(**changes) -> FewStepFlowScheduler:
 
 
 @cache
-def pipeline() -> StreamVidPipeline:
-    """Two denoising steps, 32 x 32 pixels, the `longlive` method."""
+def pipeline(**changes) -> StreamVidPipeline:
+    """Two denoising steps, 32 x 32 pixels, the `longlive` method; `changes` are those of the transformer."""
+    model = transformer(**changes)
     pipe = StreamVidPipeline(
-        tokenizer(), text_encoder(), transformer(), vae(), scheduler(), height=PIXELS, width=PIXELS
+        tokenizer(), text_encoder(), model, vae(), scheduler(), height=PIXELS, width=PIXELS
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -139,10 +140,6 @@ def text(seed: int, *groups: int) -> torch.Tensor:
     rows = normal(seed, *groups, TEXT_LENGTH, TEXT_DIM)
     rows[..., -2:, :] = 0
     return rows
-
-
-def seconds_of(chunks) -> list[float]:
-    return [chunk.media_time for chunk in chunks]
 
 
 def run_blocks(

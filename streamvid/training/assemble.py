@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from streamvid.methods import load_method
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.transformer import CausalWanTransformer3DModel
@@ -17,6 +18,7 @@ def assemble(
     vae: str, text: str, student: str, output: str, method: str, fps: float, height: int, width: int
 ) -> None:
     """Write a pipeline folder from the folders that the training stages exported, weights in float16."""
+    load_method(method)
     half = {"dtype": torch.float16}
     pipe = StreamVidPipeline(
         tokenizer=AutoTokenizer.from_pretrained(f"{text}/tokenizer"),

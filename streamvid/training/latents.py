@@ -17,6 +17,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 from streamvid.decoding import encode, encoder_state
+from streamvid.errors import UserError
 from streamvid.training.vae_stage import to_pixels
 from streamvid.world.render import render_clip
 from streamvid.world.sampling import BLOCK_FRAMES, block_start, sample_clip
@@ -47,6 +48,8 @@ class Clips:
 def load_clips(folder: str | Path) -> Clips:
     """All finished shards of a folder."""
     parts = [load_file(path) for path in sorted(Path(folder).glob("shard_*.safetensors"))]
+    if not parts:
+        raise UserError(f"latents = {str(folder)!r} holds no shards: run the stage of kind latents first")
     return Clips(
         *(torch.cat([part[name] for part in parts]) for name in ("latents", "labels", "scenery", "late"))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub.errors import HFValidationError
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from streamvid.errors import UserError
 from streamvid.training.trainer import Stage, Trainer, TrainerOptions
@@ -27,6 +31,7 @@ JOBS = {  # done by one call, without a training loop
     "assemble": "streamvid.training.assemble:assemble",
 }
 KINDS = (*STAGES, *JOBS)
+PRECISIONS = ("no", "bf16", "fp16")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -39,19 +44,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise UserError(
             f"config = {str(path)!r} is not a file: give the path of a YAML training configuration"
         )
-    config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    try:
+        config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} with {list(overrides)} is no configuration ({reason}): mend it") from error
     if not isinstance(plain, dict) or set(plain) - {"trainer"} != {"kind", "stage"}:
         raise UserError(f"{path}: the top-level fields must be kind, stage and trainer")
     if plain["kind"] not in KINDS:
         raise UserError(f"{path}: kind = {plain['kind']!r} is not known: choose one of {', '.join(KINDS)}")
-    known = {f.name for f in fields(TrainerOptions)}
-    for name in plain.get("trainer", {}):
+    for name in ("stage", "trainer"):
+        if not isinstance(plain.setdefault(name, {}), dict):
+            raise UserError(f"{path}: {name} = {plain[name]!r} must be a mapping of options")
+    if plain["kind"] in STAGES:
+        _check_trainer(plain["trainer"], str(path))
+    return plain
+
+
+def _check_trainer(options: dict[str, Any], path: str) -> None:
+    known = {f.name: str(f.type) for f in fields(TrainerOptions)}
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
+    for name, value in options.items():
         if name not in known:
             raise UserError(
                 f"{path}: trainer.{name} is not an option: choose from {', '.join(sorted(known))}"
             )
-    return plain
+        if isinstance(value, bool) or not isinstance(value, kinds[known[name]]):
+            raise UserError(f"{path}: trainer.{name} = {value!r} must be a value of type {known[name]}")
+    for name in ("output", "steps"):
+        if name not in options:
+            raise UserError(f"{path}: trainer.{name} is missing: add it")
+    precision = options.get("mixed_precision", "no")
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"{path}: trainer.mixed_precision = {precision!r} is not known: choose one of {', '.join(PRECISIONS)}"
+        )
 
 
 def build_stage(config: dict[str, Any]) -> Stage:
@@ -61,10 +89,17 @@ def build_stage(config: dict[str, Any]) -> Stage:
 
 def _call(target: str, config: dict[str, Any]) -> Any:
     module, name = target.split(":")
+    function = getattr(import_module(module), name)
     try:
-        return getattr(import_module(module), name)(**config["stage"])
+        inspect.signature(function).bind(**config["stage"])
     except TypeError as error:
-        raise UserError(f"stage of kind {config['kind']}: {error}") from error
+        known = ", ".join(inspect.signature(function).parameters)
+        raise UserError(f"stage of kind {config['kind']}: {error}: choose from {known}") from error
+    try:
+        return function(**config["stage"])
+    except (OSError, HFValidationError) as error:  # a folder that is not there, a full disk
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"stage of kind {config['kind']}: {reason}: check its folders") from error
 
 
 def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1) -> None:
@@ -74,8 +109,10 @@ def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1) -
     small models are faster with one process per core than with one process of many threads.
     """
     config = load_config(path, overrides)
+    if processes < 1:
+        raise UserError(f"processes = {processes} must be at least 1")
     if config["kind"] in JOBS:
-        extra = {"processes": processes} if config["kind"] == "latents" else {}
+        extra = {"processes": processes} if config["kind"] == "latents" and processes > 1 else {}
         _call(JOBS[config["kind"]], {**config, "stage": {**config["stage"], **extra}})
     elif processes > 1 and "LOCAL_RANK" not in os.environ:
         launcher = [
@@ -92,4 +129,5 @@ def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1) -
     else:
         options = TrainerOptions(**config["trainer"])
         torch.set_num_threads(options.threads)
+        torch.manual_seed(options.seed)  # the initial weights
         Trainer(build_stage(config), options).run()

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from streamvid.context import ContextCache
 from streamvid.decoding import decode, decoder_state
+from streamvid.errors import UserError
 from streamvid.sampler import few_step_block
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.text import encode_prompts
@@ -87,6 +88,11 @@ class StudentStage(Stage):
         self.vae_path = vae
         clips = load_clips(latents)
         held = torch.arange(len(clips)) < VALIDATION_CLIPS
+        needed = VALIDATION_CLIPS + max(batch_size, first_block_batch)
+        if len(clips) < needed or int((~held & ~clips.late).sum()) < batch_size:
+            raise UserError(
+                f"latents = {latents!r} holds {len(clips)} clips and a step needs more: encode at least {needed}"
+            )
         self.clips, self.validation_clips = _select(clips, ~held), _select(clips, held)
         self.mean_latents = mean_latents(self.clips)
         self.batch_size, self.first_block_batch = batch_size, first_block_batch
@@ -99,6 +105,11 @@ class StudentStage(Stage):
 
     def trainable(self) -> CausalWanTransformer3DModel:
         return self.transformer
+
+    def train(self, mode: bool = True) -> StudentStage:
+        super().train(mode)
+        self.text_encoder.eval()  # frozen: no dropout, the words are what they are in a stream
+        return self
 
     # --- batches ----------------------------------------------------------------------------------------------------
 

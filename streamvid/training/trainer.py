@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -99,7 +99,6 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=options.mixed_precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         stage.to(self.accelerator.device)
         self.stage = stage
@@ -125,7 +124,8 @@ class Trainer:
     def run(self) -> None:
         """Train from the last checkpoint, if there is one, to `steps`; then export the (averaged) weights."""
         old = self.checkpoint.with_suffix(".old")
-        if old.is_dir() and not self.checkpoint.is_dir():  # killed between the two renames of `_save`
+        # killed between the two renames of `_save`
+        if self.accelerator.is_main_process and old.is_dir() and not self.checkpoint.is_dir():
             os.replace(old, self.checkpoint)
         self.accelerator.wait_for_everyone()
         if self.checkpoint.is_dir():
@@ -161,7 +161,10 @@ class Trainer:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
         self.stage.train()
-        batch = self.stage.batch(options.seed, step, self.accelerator.process_index)
+        process = self.accelerator.process_index
+        draw = np.random.SeedSequence([options.seed, step, process]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(draw))
+        batch = self.stage.batch(options.seed, step, process)
         with self.accelerator.autocast():
             loss, metrics = self.model(batch)
         if not torch.isfinite(loss):
@@ -227,6 +230,7 @@ class Trainer:
             shutil.rmtree(fresh, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()  # every process writes a part
         if self.accelerator.is_main_process:
             shutil.rmtree(old, ignore_errors=True)
             if self.checkpoint.is_dir():

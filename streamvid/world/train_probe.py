@@ -25,7 +25,6 @@ MUON_LEARNING_RATE = 1e-2
 ADAMW_LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.01
 WARMUP_STEPS = 30
-MORE_ROLLING = 0.25  # left and right are the hardest to tell apart, above all for a ball or a ring
 SAVE_EVERY_SECONDS = 60.0
 LOOKED_AT = [index for index in range(WINDOW_FRAMES) if index % STRIDE < 2]  # the frames that a probe reads
 
@@ -39,7 +38,7 @@ def sample_window(
     the cross-fade. more_rolling is the share of windows that are made to roll, whatever was drawn.
     """
     scene = sample_scene(rng, held_out)
-    if rng.random() < more_rolling:
+    if more_rolling and rng.random() < more_rolling:
         scene = replace(scene, motion=("rolls left", "rolls right")[int(rng.integers(2))])
     shots = [(0, scene)]
     start = int(rng.integers(960))
@@ -74,10 +73,10 @@ def augment(rng: np.random.Generator, window: np.ndarray) -> np.ndarray:
     return result
 
 
-def _batch(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(seed: int, step: int, more_rolling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames [B, 32, 128, 128, 3] uint8 and labels [B, attributes] of one training step."""
     rng = np.random.default_rng((seed, 1, step))
-    pairs = [sample_window(rng, more_rolling=MORE_ROLLING) for _ in range(BATCH)]
+    pairs = [sample_window(rng, more_rolling=more_rolling) for _ in range(BATCH)]
     frames = np.stack([augment(rng, window) for window, _ in pairs])
     return torch.from_numpy(frames), torch.tensor([scene.labels() for _, scene in pairs])
 
@@ -109,8 +108,17 @@ def _write(path: Path, write) -> None:
     os.replace(draft, path)
 
 
-def train_probe(steps: int = 800, seed: int = 0, out: str | Path = "probe", test_windows: int = 1024) -> dict:
+def train_probe(
+    steps: int = 800,
+    seed: int = 0,
+    out: str | Path = "probe",
+    test_windows: int = 1024,
+    more_rolling: float = 0.25,
+) -> dict:
     """Train, write probe.safetensors and metrics.json to the folder `out`, and return the metrics.
+
+    more_rolling is the share of training windows made to roll: left and right are the hardest to tell apart,
+    above all for a ball or a ring.
 
     Goes on from checkpoint.pt in that folder if there is one, and removes it at the end. log.jsonl gets one
     line per progress report.
@@ -139,10 +147,11 @@ def train_probe(steps: int = 800, seed: int = 0, out: str | Path = "probe", test
         state = {"probe": probe.state_dict(), "optimisers": saved, "step": step}
         _write(checkpoint, lambda path: torch.save(state, path))
 
-    _train_steps(probe, optimisers, first, steps, seed, out / "log.jsonl", save)
+    _train_steps(probe, optimisers, first, steps, seed, more_rolling, out / "log.jsonl", save)
     metrics = {
         "steps": steps,
         "seed": seed,
+        "more_rolling": more_rolling,
         "parameters": sum(parameter.numel() for parameter in probe.parameters()),
         "test_windows": test_windows,
         "accuracy_all_scenes": measure_probe(probe, test_windows, seed + 1000, None),
@@ -163,14 +172,16 @@ def _report(step: int, logits: dict, labels: torch.Tensor, loss: float, seconds:
     return {"step": step, "loss": round(loss, 4), "seconds": round(seconds, 1), **hits}
 
 
-def _train_steps(probe, optimisers, first: int, steps: int, seed: int, log: Path, save) -> None:
+def _train_steps(
+    probe, optimisers, first: int, steps: int, seed: int, more_rolling: float, log: Path, save
+) -> None:
     """Run steps first ... steps - 1, reporting every 25 and calling save(step) about once a minute."""
     probe.train()
     began = saved = time.monotonic()
     for step in range(first, steps):
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = group["peak"] * _learning_rate_share(step, steps)
-        frames, labels = _batch(seed, step)
+        frames, labels = _batch(seed, step, more_rolling)
         torch.manual_seed(seed * 1_000_003 + step)  # dropout: a resumed run equals an uninterrupted one
         with torch.autocast("cpu", torch.bfloat16):
             logits = probe.logits(frames)
@@ -206,8 +217,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--test-windows", type=int, default=1024)
+    parser.add_argument("--more-rolling", type=float, default=0.25)
     arguments = parser.parse_args()
-    metrics = train_probe(arguments.steps, arguments.seed, arguments.out, arguments.test_windows)
+    metrics = train_probe(**vars(arguments))
     print(json.dumps(metrics, indent=2))
 
 

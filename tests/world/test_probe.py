@@ -41,7 +41,7 @@ def test_the_shipped_metrics_are_good():
     metrics = json.loads((SHIPPED / "metrics.json").read_text())
     assert metrics["test_windows"] >= 1024
     for part in ("accuracy_all_scenes", "accuracy_held_out_pairs"):
-        assert all(metrics[part][name] >= 0.985 for name in ATTRIBUTES)
+        assert all(metrics[part][name] >= (0.97 if name == "motion" else 0.99) for name in ATTRIBUTES)
 
 
 def test_bytes_and_floats_are_read_alike(windows):
@@ -94,10 +94,10 @@ def test_training_can_be_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
     draw = training._batch
 
-    def stop_at_step_2(seed, step):
+    def stop_at_step_2(seed, step, more_rolling):
         if step == 2:
             raise KeyboardInterrupt
-        return draw(seed, step)
+        return draw(seed, step, more_rolling)
 
     monkeypatch.setattr(training, "_batch", stop_at_step_2)
     with pytest.raises(KeyboardInterrupt):
