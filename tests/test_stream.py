@@ -462,3 +462,13 @@ def test_the_same_noise_gives_the_same_stream_however_it_is_given():
     assert not torch.equal(
         latents(start(seed=4, blocks=2)), latents(start(seed=4, blocks=2, noise="reference"))
     )
+
+
+def test_half_precision_stays_near():
+    pipe = tiny.new_pipeline().to(torch.bfloat16)
+    chunks = list(pipe.stream(f"{FOX} [2s] | {CAT} [2s]", method="longlive_infinite"))
+    exact = list(start(f"{FOX} [2s] | {CAT} [2s]", method="longlive_infinite"))
+    for chunk, wide in zip(chunks, exact, strict=True):
+        assert chunk.latents.dtype == torch.bfloat16 and chunk.videos.shape == wide.videos.shape
+        error = (chunk.latents.float() - wide.latents).square().mean() / wide.latents.square().mean()
+        assert error < 1e-3

@@ -105,8 +105,7 @@ def scheduler(**changes) -> FewStepFlowScheduler:
     return FewStepFlowScheduler(**{"denoising_steps": (1000, 500), **changes})
 
 
-@cache
-def pipeline(**changes) -> StreamVidPipeline:
+def new_pipeline(**changes) -> StreamVidPipeline:
     """Two denoising steps, 32 x 32 pixels, the `longlive` method; `changes` are those of the transformer."""
     model = transformer(**changes)
     pipe = StreamVidPipeline(
@@ -114,6 +113,12 @@ def pipeline(**changes) -> StreamVidPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@cache
+def pipeline(**changes) -> StreamVidPipeline:
+    """`new_pipeline`, made once."""
+    return new_pipeline(**changes)
 
 
 @cache

@@ -1,0 +1,210 @@
+"""The measurement of prompt adherence, with pipelines and probes of known behaviour."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from streamvid.evaluation import adherence
+from streamvid.evaluation.adherence import MINUTE_BLOCKS, START_BLOCKS, SWITCH_BLOCK, measure, table
+from streamvid.world.probe import WINDOW_FRAMES
+from streamvid.world.prompts import parse
+from streamvid.world.scene import ATTRIBUTES, Scene, is_held_out
+
+CLASSES = [len(values) for values in ATTRIBUTES.values()]
+
+
+def labels_of(text: str) -> tuple[int, ...]:
+    return Scene(**{"weather": "clear", **parse(text)}).labels()
+
+
+class FakePipeline:
+    """Its latents are the labels of what was prompted; `obeys` tells whether it follows a switch."""
+
+    vae = torch.nn.Linear(1, 1)
+    vae.dtype = torch.float32
+
+    def __init__(self, obeys: bool = True):
+        self.obeys, self.calls = obeys, []
+
+    def stream(self, texts, seed, blocks, decode_pixels, **options):
+        self.calls.append({"texts": texts, "seed": seed, "blocks": blocks, "options": options})
+        assert not decode_pixels
+        return FakeStream(texts, blocks, self.obeys)
+
+
+class FakeStream:
+    def __init__(self, texts, blocks, obeys):
+        self.texts, self.blocks, self.obeys = texts, blocks, obeys
+
+    def prompt(self, texts):
+        assert len(texts) == len(self.texts)
+        if self.obeys:
+            self.texts = texts
+
+    def __iter__(self):
+        for index in range(self.blocks):
+            rows = torch.tensor([labels_of(text) for text in self.texts])  # B 7
+            latents = rows[:, :, None, None, None].float().expand(-1, -1, 3, 1, 1)
+            yield type("Chunk", (), {"index": index, "latents": latents})
+
+
+class FakeProbe:
+    """Reads the labels back; `shift` makes every answer wrong, `rng` makes them guesses."""
+
+    def __init__(self, shift: int = 0, rng: np.random.Generator | None = None):
+        self.shift, self.rng = shift, rng
+
+    def classify(self, frames):
+        assert frames.shape[1] == WINDOW_FRAMES
+        told = {}
+        for index, (name, count) in enumerate(zip(ATTRIBUTES, CLASSES, strict=True)):
+            answer = frames[:, -1, index, 0, 0].mul(100).round().long()
+            if self.rng is not None:
+                answer = torch.from_numpy(self.rng.integers(0, count, len(answer)))
+            told[name] = (answer + self.shift) % count
+        return told
+
+
+@pytest.fixture(autouse=True)
+def readable_pixels(monkeypatch):
+    """A decoder that shows label i of a latent frame as the brightness of row i, four frames each."""
+
+    def decode(vae, latents, state, frames_per_call):
+        frames = latents[:, :, :, 0, 0].repeat_interleave(4, 2)[:, :, 3:]  # B 7 T
+        pixels = frames.transpose(1, 2)[:, None, :, :, None].expand(-1, 3, -1, -1, 2)  # B 3 T 7 2
+        return pixels / 50 - 1  # `measure` maps [-1, 1] to [0, 1]
+
+    monkeypatch.setattr(adherence, "decode", decode)
+    monkeypatch.setattr(adherence, "decoder_state", lambda vae: None)
+
+
+def run(pipe=None, probe=None, prompts=12, seeds=(0, 1), parts=("start", "switch"), **options):
+    return measure(pipe or FakePipeline(), probe or FakeProbe(), prompts, seeds, 8, parts, **options)
+
+
+def test_a_pipeline_that_is_always_right():
+    result = run(parts=("start", "switch", "minute"))
+    for part in ("start", "switch", "minute"):
+        row = result[part]
+        assert (row["mean"], row["worst"], row["all_right"], row["interval"]) == (1.0, 1.0, 1.0, 0.0)
+        assert row["attributes"] == dict.fromkeys(ATTRIBUTES, 1.0)
+    changes = 2 * sum(1 + index % 2 for index in range(12))  # two seeds, one or two attributes by turns
+    assert result["switch"]["changed"] == {"accuracy": 1.0, "count": changes, "interval": 0.0}
+    assert result["switch"]["kept"] == {"accuracy": 1.0, "count": 2 * 12 * 7 - changes, "interval": 0.0}
+    assert result["prompts"] == 12 and result["seeds"] == [0, 1]
+
+
+def test_a_pipeline_that_is_always_wrong():
+    row = run(probe=FakeProbe(shift=1))["start"]
+    assert (row["mean"], row["worst"], row["all_right"]) == (0.0, 0.0, 0.0)
+
+
+def test_guesses_give_chance():
+    result = run(probe=FakeProbe(rng=np.random.default_rng(0)), prompts=400, parts=("start",))
+    for name, count in zip(ATTRIBUTES, CLASSES, strict=True):
+        error = 4 * math.sqrt((count - 1) / count**2 / 800)
+        assert result["start"]["attributes"][name] == pytest.approx(1 / count, abs=error)
+    chance = sum(1 / count for count in CLASSES) / 7
+    assert result["start"]["mean"] == pytest.approx(chance, abs=0.03)
+    assert 0.005 < result["start"]["interval"] < 0.02  # of 800 videos
+
+
+def test_a_pipeline_that_ignores_the_switch_keeps_and_does_not_change():
+    result = run(FakePipeline(obeys=False))
+    assert result["start"]["mean"] == 1.0
+    assert result["switch"]["changed"]["accuracy"] == 0.0
+    assert result["switch"]["kept"]["accuracy"] == 1.0
+    changes = result["switch"]["changed"]["count"]
+    assert result["switch"]["mean"] == pytest.approx(1 - changes / (2 * 12 * 7), abs=1e-4)
+
+
+def test_what_is_asked_of_the_pipeline():
+    pipe = FakePipeline()
+    run(pipe, prompts=5, seeds=(0, 3), parts=("start", "switch", "minute"), method="longlive")
+    assert {call["blocks"] for call in pipe.calls} == {START_BLOCKS, SWITCH_BLOCK + 6, MINUTE_BLOCKS}
+    assert 9 + 12 * (START_BLOCKS - 1) >= 5 * 16 and 9 + 12 * (MINUTE_BLOCKS - 1) >= 60 * 16
+    assert all(call["options"] == {"method": "longlive"} for call in pipe.calls)
+    texts = [text for call in pipe.calls[:2] for text in call["texts"]]
+    assert len(texts) == 10 and texts[:5] == texts[5:]  # the same prompts with each seed
+    assert all(is_held_out(Scene.from_labels(labels_of(text))) for text in texts)
+    seeds = [seed for call in pipe.calls[:2] for seed in call["seed"]]
+    assert seeds == [0, 1000, 2000, 3000, 4000, 3, 1003, 2003, 3003, 4003]
+
+
+def test_only_the_last_windows_are_probed():
+    """`minute` asks for two windows of two seconds, and the decoder warms up before them."""
+    pipe, seen = FakePipeline(), []
+
+    class Probe(FakeProbe):
+        def classify(self, frames):
+            seen.append(len(frames))
+            return super().classify(frames)
+
+    run(pipe, Probe(), prompts=3, seeds=(0,), parts=("start", "minute"))
+    assert seen == [3, 6]
+    latents = torch.arange(60.0).view(1, 1, 60, 1, 1).expand(2, 7, -1, -1, -1) % 2
+    told = adherence._probe_tail(pipe, FakeProbe(), [latents[:, :, :30], latents[:, :, 30:]], windows=2)
+    assert told.shape == (2, 2, 7)
+    assert (told == 1).all()  # both windows end on the eighth latent frame of their own: 51 and 59
+
+
+def test_accuracies_have_a_closed_form():
+    right = torch.zeros(4, 2, 7)
+    right[:2] = 1
+    right[2, 0, :3] = 1
+    row = adherence._accuracies(right)
+    shares = [(4 + 1) / 8] * 3 + [4 / 8] * 4
+    assert list(row["attributes"].values()) == pytest.approx(shares, abs=1e-4)
+    assert row["mean"] == pytest.approx(sum(shares) / 7, abs=1e-4) and row["worst"] == 0.5
+    assert row["all_right"] == 0.5
+    per_video = np.array([1, 1, 3 / 14, 0])
+    assert row["interval"] == pytest.approx(1.96 * per_video.std(ddof=1) / 2, abs=1e-4)
+    share = adherence._share(torch.tensor([True] * 3 + [False]))
+    assert share == {
+        "accuracy": 0.75,
+        "count": 4,
+        "interval": pytest.approx(1.96 * math.sqrt(0.75 * 0.25 / 4), abs=1e-4),
+    }
+
+
+def test_the_ceiling_sends_renders_through_the_vae(monkeypatch):
+    scenes = []
+
+    def render(shots, scenery, frames):
+        ((start, scene),) = shots
+        assert start == 0 and frames == 81
+        scenes.append(scene)
+        return np.array(scene.labels(), np.uint8)[None, :, None, None].repeat(frames, 0).repeat(3, 3)
+
+    def encode(vae, pixels, state, frames_per_call):
+        labels = (pixels[:, 0, :21] + 1) * 127.5  # B 21 7 1
+        return labels.transpose(1, 2)[..., None]
+
+    monkeypatch.setattr(adherence, "render_clip", render)
+    monkeypatch.setattr(adherence, "encode", encode)
+    monkeypatch.setattr(adherence, "encoder_state", lambda vae: None)
+    quality = {"psnr": 30.0, "psnr_first": 29.0, "psnr_last": 28.0, "latent_std": []}
+    monkeypatch.setattr(adherence, "reconstruction_quality", lambda vae, clips, frames: quality)
+    row = run(parts=("vae",))["vae"]
+    assert (row["mean"], row["psnr"], row["psnr_last"]) == (1.0, 30.0, 28.0)
+    assert len(scenes) == 12 and all(map(is_held_out, scenes))
+
+
+def test_the_command_writes_numbers_and_prints_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(adherence, "load_pipeline", lambda model: FakePipeline())
+    monkeypatch.setattr(adherence, "resolve_model", str)
+    monkeypatch.setattr(adherence.AttributeProbe, "load", classmethod(lambda cls, path: FakeProbe()))
+    output = tmp_path / "deep" / "adherence.json"
+    arguments = ["--prompts", "3", "--seeds", "4", "--parts", "start", "switch", "--method", "longlive"]
+    monkeypatch.setattr("sys.argv", ["adherence", *arguments, "--output", str(output)])
+    adherence.main()
+    written = json.loads(output.read_text())
+    assert written["model"] == "diorama" and written["seeds"] == [4]
+    assert written["options"] == {"method": "longlive"} and written["start"]["mean"] == 1.0
+    told = capsys.readouterr().out
+    assert table(written) in told and "changed attributes" in told
+    lines = table(written).splitlines()
+    assert {line.count("|") for line in lines} == {4 + len(ATTRIBUTES)} and len(lines) == 4

@@ -1,0 +1,76 @@
+"""What the documents say: their commands exist, their links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from streamvid.cli import build_parser
+from streamvid.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PICTURES = ROOT / "docs" / "pictures"
+OURS = ("streamvid ", ".venv/bin/streamvid ")
+
+
+def code_lines(document: Path) -> list[str]:
+    """Lines of code blocks, joined where one ends with a backslash."""
+    blocks = re.findall(r"^```.*?\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{document.name}: {line[:50]}")
+    for document in DOCUMENTS
+    for line in code_lines(document)
+    if line.startswith(OURS)
+]
+
+
+def test_the_documents_have_commands():
+    assert len(COMMANDS) >= 7
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_exists(line):
+    _, *arguments = shlex.split(line.replace("…", "..."), comments=True)
+    try:
+        build_parser().parse_args(arguments)
+    except SystemExit as end:
+        assert end.code == 0 and "--help" in arguments
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_files_of_this_repository_that_a_command_names_exist(line):
+    for word in shlex.split(line, comments=True):
+        if re.match(r"(examples|configs|tests|docs)/", word) and not set("*…") & set(word):
+            assert (ROOT / word).exists(), word
+
+
+def test_a_command_that_does_not_exist_is_found_out():
+    with pytest.raises(UserError, match="--sead"):
+        build_parser().parse_args(["generate", "a fox [1s]", "--sead", "1"])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (document.parent / path).resolve() if path else document
+        if PICTURES in linked.parents and not PICTURES.exists():
+            continue  # pictures come with the weights
+        assert linked.exists(), target
+        assert linked.is_relative_to(ROOT), target  # nothing outside the repository
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
+def test_make_targets_that_the_readme_names_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text()):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
