@@ -302,7 +302,15 @@ def start(model):
             f"{FOX} [600s]",
             *options,
         ]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=listen_to_interrupts,
+            )
+        )
         return started[-1]
 
     yield run
@@ -337,6 +345,11 @@ def assert_begins(video: Path, beginning: np.ndarray) -> int:
     assert len(shown) >= len(beginning) == 21 and (len(shown) - 9) % 12 == 0
     assert np.array_equal(shown[:21], beginning)
     return len(shown)
+
+
+def listen_to_interrupts() -> None:
+    """A background job starts with SIGINT ignored, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_an_interrupt_keeps_everything(start, beginning, tmp_path):

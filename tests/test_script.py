@@ -683,13 +683,18 @@ def test_pixel_frames_of_blocks():
 def test_timeline_of_three_shots():
     script = load_script("a fox walks [5s] | it snows [10s] | # a city at night [8s]")
     plan = timeline(script, 16, 3)
-    assert [(shot.first_block, shot.blocks) for shot in plan.shots] == [(0, 7), (7, 13), (20, 11)]
+    assert [(shot.first_block, shot.blocks) for shot in plan.shots] == [(0, 7), (7, 13), (20, 12)]
     assert [shot.start for shot in plan.shots] == [0, 81 / 16, 237 / 16]
     assert [shot.requested_start for shot in plan.shots] == [0, 5, 15]
     assert [shot.transition for shot in plan.shots] == [None, None, "cut"]
-    assert (plan.blocks, plan.frames, plan.seconds, plan.requested_seconds) == (31, 369, 369 / 16, 23)
+    assert (plan.blocks, plan.frames, plan.seconds, plan.requested_seconds) == (
+        32,
+        378,
+        378 / 16,
+        23,
+    )  # a cut costs 3
     assert [plan.shot_of_block(block).index for block in (0, 6, 7, 19, 20, 30)] == [0, 0, 1, 1, 2, 2]
-    for block in (-1, 31):
+    for block in (-1, 32):
         with pytest.raises(IndexError):
             plan.shot_of_block(block)
 

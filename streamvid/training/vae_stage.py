@@ -146,9 +146,9 @@ def reconstruction_quality(
     for _ in range(clips):
         shots, scenery = sample_clip(rng, frames, held_out=True)
         truth = to_pixels(render_clip(shots, scenery, frames))[None]
-        latents = encode(vae, truth, encoder_state(vae), None)
-        decoded = decode(vae, latents, decoder_state(vae), None)
-        spread = latents.std(dim=(0, 2, 3, 4))
+        latents = encode(vae, truth.to(vae.dtype), encoder_state(vae), None)
+        decoded = decode(vae, latents, decoder_state(vae), None).float()
+        spread = latents.float().std(dim=(0, 2, 3, 4))
         curves.append(psnr((decoded - truth).square().mean(dim=(0, 1, 3, 4))))
         columns = [torch.cat([truth[0, :, t], decoded[0, :, t]], 1) for t in (0, frames // 3, frames - 1)]
         rows.append(torch.cat(columns, 2))
