@@ -66,6 +66,9 @@ def generate(
         raise UserError(f"crf = {crf} is for MP4 only and output is {str(output)!r}: leave it out")
     open_writer(output, fps or 16, **options).close()  # proves that it can be written and writes nothing
     if contact_sheet:
+        # `--contact-sheet story.yaml` must not eat the script
+        if Path(contact_sheet).suffix.lower() != ".png":
+            raise UserError(f"contact sheet = {str(contact_sheet)!r} must be the name of a .png file")
         prepare_output_file(contact_sheet)
 
     pipe = load_pipeline(model, device, dtype)

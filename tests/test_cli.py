@@ -237,6 +237,7 @@ def test_values_of_set_are_yaml():
         ("a.gif", ["--crf", "20"], ["crf = 20 is for MP4 only", "leave it out"]),
         ("a.mp4", ["--contact-sheet", "file/a.png"], ["file/a.png", "choose another place"]),
         ("a.mp4", ["--contact-sheet", "locked/a.png"], ["locked/a.png", "choose a folder"]),
+        ("a.mp4", ["--contact-sheet", "file"], ["contact sheet = 'file'", ".png"]),
     ],
 )
 def test_an_output_that_cannot_be_written(

@@ -72,6 +72,9 @@ def _check_trainer(options: dict[str, Any], path: str) -> None:
             )
         if isinstance(value, bool) or not isinstance(value, kinds[known[name]]):
             raise UserError(f"{path}: trainer.{name} = {value!r} must be a value of type {known[name]}")
+        least = 1 if name in ("threads", "log_every", "checkpoint_every") else 0
+        if isinstance(value, (int, float)) and not value >= least:
+            raise UserError(f"{path}: trainer.{name} = {value} must be at least {least}")
     for name in ("output", "steps"):
         if name not in options:
             raise UserError(f"{path}: trainer.{name} is missing: add it")

@@ -97,7 +97,7 @@ class Trainer:
         self.output = Path(options.output)
         self.output.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
+            cpu=True,  # the stages make their batches and noise there
             mixed_precision=options.mixed_precision,
         )
         stage.to(self.accelerator.device)

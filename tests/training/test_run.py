@@ -104,6 +104,16 @@ MISTAKES = {
         ["trainer.steps=1.5"],
         "trainer.steps = 1.5 .* type int",
     ),
+    "no rest": (
+        "kind: text\nstage: {}\n" + TRAINER,
+        ["trainer.log_every=0"],
+        "log_every = 0 must be at least 1",
+    ),
+    "negative seed": (
+        "kind: text\nstage: {}\n" + TRAINER,
+        ["trainer.seed=-1"],
+        "seed = -1 must be at least 0",
+    ),
     "unknown precision": (
         "kind: text\nstage: {}\n" + TRAINER,
         ["trainer.mixed_precision=int8"],
