@@ -53,7 +53,8 @@ def quality_lines() -> str:
     return "\n".join(
         [
             f"Share of attributes the probe finds right, {result['prompts']} held-out prompts, seeds {result['seeds']}, "
-            "4 steps (`python -m streamvid.evaluation.adherence --output docs/diorama_adherence.json`). `vae`: renders sent "
+            f"4 steps (`python -m streamvid.evaluation.adherence --prompts {result['prompts']} --seeds "
+            f"{' '.join(map(str, result['seeds']))} --output docs/diorama_adherence.json`). `vae`: renders sent "
             "through the VAE, the ceiling; `start`: seconds 3 to 5; `minute`: the last 4 s of 60; `switch`: 2 to 4 s "
             "after a change of prompt.",
             "",
