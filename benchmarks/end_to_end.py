@@ -117,7 +117,8 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/end_to_end.json")
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.end_to_end --model {options.model}",
+        "command": f"python -m benchmarks.end_to_end --model {options.model} --blocks {options.blocks} "
+        f"--long-blocks {options.long_blocks}",
         "warm_up": f"the first {WARM_UP_BLOCKS} blocks are left out of block times and frame rates",
         **environment("cpu" if not torch.cuda.is_available() else "cuda"),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},

@@ -103,13 +103,13 @@ def test_a_pipeline_that_is_always_wrong():
 
 
 def test_guesses_give_chance():
-    result = run(probe=FakeProbe(rng=np.random.default_rng(0)), prompts=400, parts=("start",))
+    result = run(probe=FakeProbe(rng=np.random.default_rng(0)), prompts=200, parts=("start",))
     for name, count in zip(ATTRIBUTES, CLASSES, strict=True):
-        error = 4 * math.sqrt((count - 1) / count**2 / 800)
+        error = 4 * math.sqrt((count - 1) / count**2 / 400)
         assert result["start"]["attributes"][name] == pytest.approx(1 / count, abs=error)
     chance = sum(1 / count for count in CLASSES) / 7
-    assert result["start"]["mean"] == pytest.approx(chance, abs=0.03)
-    assert 0.005 < result["start"]["interval"] < 0.02  # of 800 videos
+    assert result["start"]["mean"] == pytest.approx(chance, abs=0.05)
+    assert 0.01 < result["start"]["interval"] < 0.03  # of 400 videos
 
 
 def test_a_pipeline_that_ignores_the_switch_keeps_and_does_not_change():

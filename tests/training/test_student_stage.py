@@ -77,7 +77,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     )
     UMT5EncoderModel(config).save_pretrained(root / "text" / "text_encoder")
     tokenizer.save_pretrained(root / "text" / "tokenizer")
-    tiny.vae().save_pretrained(root / "vae")
+    tiny.vae(residual=True).save_pretrained(root / "vae")
     return {name: str(root / name) for name in ("latents", "text", "vae")}
 
 
@@ -188,9 +188,9 @@ def test_the_frozen_encoder_has_no_dropout(stage):
 def test_it_learns_clips(kind, stage):
     made = stage(context_noise=0.0)
     batch = prepared(made, kind, (0, 1, 3))
-    optimizer = torch.optim.AdamW(made.trainable().parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(made.trainable().parameters(), lr=8e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(20):
         torch.manual_seed(0)  # the same noise
         loss, metrics = made(batch)
         loss.backward()
@@ -487,6 +487,7 @@ def test_window_and_schedule_are_options(stage):
 
 def test_validation_measures_rollouts_and_shows_some(stage, tmp_path):
     made = wake(stage())
+    made.validation_clips = student_stage._select(made.validation_clips, torch.arange(VALIDATION_CLIPS) < 12)
     numbers = made.validate(tmp_path, 7)
     assert list(numbers) == [f"rollout_error_{block}" for block in range(BLOCKS)]
     assert all(value > 0 for value in numbers.values()) and (tmp_path / "step_7.png").is_file()

@@ -42,11 +42,11 @@ def test_it_learns_a_clip():
     batch = made.batch(0, 0, 0)
     optimizer = torch.optim.AdamW(made.trainable().parameters(), lr=5e-3)
     first = loss(made, batch)
-    for _ in range(30):
+    for _ in range(20):
         made(batch)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss(made, batch) < 0.6 * first
+    assert loss(made, batch) < 0.7 * first
     assert made(batch)[1]["psnr"] > 10
 
 
@@ -63,9 +63,9 @@ def test_a_crop_is_cut_from_a_render(monkeypatch):
     monkeypatch.setattr(vae_stage, "sample_clip", lambda rng, frames: (None, None))
     picture = np.arange(128 * 128 * 3, dtype=np.uint32).reshape(1, 128, 128, 3).repeat(5, 0) % 251
     monkeypatch.setattr(vae_stage, "render_clip", lambda shots, scenery, frames: picture.astype(np.uint8))
-    seen = set()
+    made, seen = stage(crop=96), set()
     for step in range(40):
-        pixels = stage(crop=96).batch(0, step, 0)["pixels"][0, :, 0]
+        pixels = made.batch(0, step, 0)["pixels"][0, :, 0]
         corner = [
             (top, left)
             for top in range(0, 33, 8)
