@@ -6,20 +6,24 @@ never a copy. The block being denoised writes into the slots it will own and att
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from streamvid.compression import TokenLedger
 from streamvid.kernels.attention import attention_backend
 from streamvid.rope import Rotation, rotate, rotation
-from streamvid.window import BlockPlan, WindowOptions, WindowPlanner
+from streamvid.window import BlockPlan, WindowOptions, WindowPlanner, WindowSlot
+
+SINK_PRECISIONS = ("float32", "native")
 
 
 class CacheSnapshot(NamedTuple):
-    """Keys, values and raw keys, the window and the rotations at one moment."""
+    """Keys, values and the sink's state, the window and the rotations at one moment."""
 
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    tensors: tuple[torch.Tensor, ...]
     planner: WindowPlanner
     rotated_at: dict[int, float]
 
@@ -27,16 +31,21 @@ class CacheSnapshot(NamedTuple):
 class ContextCache:
     """Keys, values and clean latents of one stream's window.
 
-    One forward runs between `begin(plan)` and the next; `commit(plan)` makes a finished block part of the window.
+    One forward runs between `begin(plan)` and the next; `commit(plan)` makes a finished block part of the window. Until
+    then nothing that the block needs is lost: `begin` may be called again after a failure.
 
-    Keys are kept rotated. Only relative positions matter to attention, so a plan's positions are anchored to the frame
-    index of its own block; a slot whose anchored position moved (a re-aligned sink) is rotated afresh from the raw key,
-    which is kept for exactly those slots: re-alignment never accumulates rounding.
+    Keys are kept rotated. Only relative positions matter to attention, so a plan's positions are shifted as a whole to where
+    the latest finished frame already is; a sink slot that moves against it is rotated afresh from the raw key, which is kept
+    for exactly those slots: re-alignment never accumulates rounding.
 
     Args:
         layers, heads, head_dim: of the transformer.
         grid: token rows and columns of a latent frame.
         latent_shape: `(C, H, W)` of a latent frame, kept clean for replays.
+        sink_decay: share of the sink that stays when an evicted frame is averaged into it (Reward Forcing, equation 6).
+        sink_precision: of the averages: float32, or the cache's own, in which a decay near 1 does nothing in bfloat16.
+        past_bias: factor on the attention weight of finished frames other than the first (Daydream Scope's log-bias).
+        importance, max_reuse: of `TokenLedger`.
     """
 
     def __init__(
@@ -51,107 +60,220 @@ class ContextCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         attention: str = "auto",
+        sink_decay: float = 0.999,
+        sink_precision: str = "float32",
+        past_bias: float = 1.0,
+        importance: str = "sum",
+        max_reuse: int = 7,
     ):
         self.planner = WindowPlanner(options)
         self.options = options
         self.grid, self.head_dim, self.device = grid, head_dim, device
         self.tokens_per_frame = grid[0] * grid[1]
-        tokens = options.slots * self.tokens_per_frame
-        self.keys = torch.zeros(layers, batch, tokens, heads, head_dim, dtype=dtype, device=device)
+        self.sink_decay, self.past_bias = sink_decay, past_bias
+        shape = (layers, batch, options.slots * self.tokens_per_frame, heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.sink_slots = 0 if options.positions == "absolute" else options.sink
-        self.raw_keys = torch.zeros(
-            layers,
-            batch,
-            self.sink_slots * self.tokens_per_frame,
-            heads,
-            head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        self.latents = torch.zeros(batch, options.slots, *latent_shape, dtype=dtype, device=device)
-        self.rotated_at: dict[int, float] = {}  # slot -> position its stored key is rotated at
+        self.sink_slots = 0 if options.positions == "absolute" and not options.fuse else options.sink
+        precise = torch.float32 if options.fuse and sink_precision == "float32" else dtype
+        sink_shape = (layers, batch, self.sink_slots * self.tokens_per_frame, heads, head_dim)
+        self.raw_keys = torch.zeros(sink_shape, dtype=precise, device=device)
+        # sinks of averages: the state with this block's evictions beside the state without them
+        self.sink_values = torch.zeros(sink_shape if options.fuse else 0, dtype=precise, device=device)
+        self.fused_keys, self.fused_values = (torch.zeros_like(t) for t in (self.raw_keys, self.sink_values))
+        self._fused_for: int | None = None
+        self.ledger: TokenLedger | None = None
+        self.spare: tuple[torch.Tensor, torch.Tensor] | None = None
+        if options.budget is not None:
+            self.ledger = TokenLedger(options, self.keys, self.tokens_per_frame, importance, max_reuse)
+            self.spare = torch.zeros_like(self.keys), torch.zeros_like(self.values)
+        self.latents = torch.zeros(batch, options.window, *latent_shape, dtype=dtype, device=device)
+        self.sink_latents = torch.zeros(batch, options.sink, *latent_shape, dtype=dtype, device=device)
+        self.rotated_at: dict[int, float] = {}  # frame -> position its stored key is rotated at
         self.attention = attention_backend(attention)
         self._own: list[tuple[slice, slice]] = []
         self._rotation: Rotation
         self._length = 0
         self._mask: torch.Tensor | None = None
         self._raw_tokens = 0
+        self._plan: BlockPlan
+        self._compressed_layers: set[int] = set()
 
     @property
     def bytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values, self.raw_keys))
+        tensors = [self.keys, self.values, self.raw_keys, self.sink_values, *(self.spare or ())]
+        if self.options.fuse:
+            tensors += [self.fused_keys, self.fused_values]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def begin(self, plan: BlockPlan) -> None:
         """Prepare the forwards of a block: rotation of its tokens, slots to write, keys that have to be re-aligned."""
-        anchor = plan.own[0].frame - plan.own[0].position
-        own_slots = {slot.slot for slot in plan.own}
+        self._plan = plan
+        anchor = self._anchor(plan)
         self._rotation = rotation(
             [slot.position + anchor for slot in plan.own], *self.grid, self.head_dim, self.device
         )
         self._own = contiguous_runs([slot.slot for slot in plan.own], self.tokens_per_frame)
+        if self.options.fuse:
+            self._fuse(plan)
+        if self.ledger is not None:
+            self.ledger.begin(plan)
+            self._compressed_layers.clear()
         for slot in plan.window:
-            position = slot.position + anchor
-            if slot.slot not in own_slots and self.rotated_at[slot.slot] != position:
-                self._realign(slot.slot, position)
-        self.rotated_at.update({slot.slot: slot.position + anchor for slot in plan.own})
+            if slot.slot < self.sink_slots and slot not in plan.own:
+                position = slot.position + anchor
+                if self.options.fuse or self.rotated_at[slot.frame] != position:
+                    self._realign(slot, position)
+        self.rotated_at |= {slot.frame: slot.position + anchor for slot in plan.own}
+        self._choose_keys(plan)
+        # raw keys are needed only while the block lies in slots that may be re-aligned
+        raw_slots = [slot for slot in plan.own if slot.slot < self.sink_slots]
+        self._raw_tokens = len(raw_slots) * self.tokens_per_frame
+
+    def _anchor(self, plan: BlockPlan) -> float:
+        """What to add to a plan's positions so that the latest finished frame stays where its key is rotated."""
+        finished = plan.window[: len(plan.window) - len(plan.own)]
+        for slot in reversed(finished):
+            if slot.frame >= 0 and slot.slot >= self.sink_slots:
+                return self.rotated_at[slot.frame] - slot.position
+        return plan.own[0].frame - plan.own[0].position
+
+    def _span(self, slot: int) -> slice:
+        return slice(slot * self.tokens_per_frame, (slot + 1) * self.tokens_per_frame)
+
+    def _realign(self, slot: WindowSlot, position: float) -> None:
+        """Rotate a sink slot's raw key to a new position, in all layers."""
+        raw_keys = self.raw_keys if self._fused_for is None else self.fused_keys
+        by = rotation([position], *self.grid, self.head_dim, self.device)
+        span = self._span(slot.slot)
+        self.keys[:, :, span] = rotate(raw_keys[:, :, span], by)
+        self.rotated_at[slot.frame] = position
+
+    def _fuse(self, plan: BlockPlan) -> None:
+        """Average what the block evicts into the sink (Reward Forcing, equation 6), once per block."""
+        if not plan.fused:
+            self._fused_for = None
+        elif self._fused_for != plan.block:  # a block that starts again has overwritten what it evicted
+            self.fused_keys.copy_(self.raw_keys)
+            self.fused_values.copy_(self.sink_values)
+            for frame, (evicted, sink) in zip(plan.evicted, plan.fused, strict=True):
+                by = rotation([self.rotated_at[frame]], *self.grid, self.head_dim, self.device)
+                source, target = self._span(evicted), self._span(sink)
+                keys = rotate(self.keys[:, :, source].to(self.raw_keys.dtype), Rotation(by.cos, -by.sin))
+                for average, new in (
+                    (self.fused_keys, keys),
+                    (self.fused_values, self.values[:, :, source].to(self.raw_keys.dtype)),
+                ):
+                    average[:, :, target].mul_(self.sink_decay).add_(new, alpha=1 - self.sink_decay)
+            self._fused_for = plan.block
+        own = {slot.slot for slot in plan.own}
+        values = self.sink_values if self._fused_for is None else self.fused_values
+        for slot in plan.window:
+            if slot.slot < self.sink_slots and slot.slot not in own:
+                self.values[:, :, self._span(slot.slot)] = values[:, :, self._span(slot.slot)]
+
+    def _choose_keys(self, plan: BlockPlan) -> None:
+        """How far the buffer is attended, and the mask or bias of its keys."""
         attended = sorted(slot.slot for slot in plan.window)
         self._length = (attended[-1] + 1) * self.tokens_per_frame
         self._mask = None
-        if len(attended) <= attended[-1]:  # dead slots in between
+        dead = len(attended) <= attended[-1]
+        past = [slot.slot for slot in plan.window[1:] if slot not in plan.own]
+        if self.past_bias != 1.0 and past:
+            bias = torch.full((attended[-1] + 1,), float("-inf"), dtype=self.keys.dtype, device=self.device)
+            bias[attended] = 0.0
+            bias[past] = math.log(self.past_bias)
+            self._mask = bias.repeat_interleave(self.tokens_per_frame)
+        elif dead:
             alive = torch.zeros(attended[-1] + 1, dtype=torch.bool, device=self.device)
             alive[attended] = True
             self._mask = alive.repeat_interleave(self.tokens_per_frame)
-        # raw keys are needed only while the block lies in slots that may be re-aligned
-        raw_slots = [slot for slot in sorted(own_slots) if slot < self.sink_slots]
-        self._raw_tokens = len(raw_slots) * self.tokens_per_frame
-
-    def _realign(self, slot: int, position: float) -> None:
-        """Rotate a sink slot's raw key to a new position, in all layers."""
-        span = slice(slot * self.tokens_per_frame, (slot + 1) * self.tokens_per_frame)
-        by = rotation([position], *self.grid, self.head_dim, self.device)
-        self.keys[:, :, span] = rotate(self.raw_keys[:, :, span], by)
-        self.rotated_at[slot] = position
 
     def attend(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
     ) -> torch.Tensor:
         """Write the block's keys and values into its slots, then attend the window (`AttentionContext`)."""
-        keys, values = self.keys[layer], self.values[layer]
-        rotated = rotate(k_BLHD, self._rotation)
+        query, key = rotate(q_BLHD, self._rotation), rotate(k_BLHD, self._rotation)
+        keys, values = self._buffer(layer, query, key, v_BLHD)
         for source, target in self._own:
-            keys[:, target] = rotated[:, source]
+            keys[:, target] = key[:, source]
             values[:, target] = v_BLHD[:, source]
             if self._raw_tokens and target.start < self.raw_keys.shape[2]:
                 stop = min(target.stop, self.raw_keys.shape[2])
-                self.raw_keys[layer][:, target.start : stop] = k_BLHD[:, source][:, : stop - target.start]
-        return self.attention(
-            rotate(q_BLHD, self._rotation), keys[:, : self._length], values[:, : self._length], self._mask
-        )
+                kept = slice(source.start, source.start + stop - target.start)
+                self.raw_keys[layer][:, target.start : stop] = k_BLHD[:, kept]
+                if self.options.fuse:
+                    self.sink_values[layer][:, target.start : stop] = v_BLHD[:, kept]
+        return self.attention(query, keys[:, : self._length], values[:, : self._length], self._mask)
+
+    def _buffer(self, layer: int, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer; a block that finds the window full compresses them in its first forward."""
+        stored = self.keys[layer], self.values[layer]
+        if self.ledger is None or self.spare is None:
+            return stored
+        if self._plan.compressed_from:
+            spare = self.spare[0][layer], self.spare[1][layer]
+            if layer not in self._compressed_layers:
+                self.ledger.compress(layer, self._plan, query, (key, value), stored, spare)
+                self._compressed_layers.add(layer)
+            stored = spare
+        self.ledger.remember(layer, query)
+        return stored
 
     def commit(self, plan: BlockPlan, latents_BCFHW: torch.Tensor) -> None:
         """The block's keys are those of its context pass: it joins the window with its clean latents."""
-        self.latents[:, [slot.slot for slot in plan.own]] = latents_BCFHW.transpose(1, 2).to(
-            self.latents.dtype
-        )
+        clean = latents_BCFHW.transpose(1, 2).to(self.latents.dtype)
+        for index, frame in enumerate(plan.frames):
+            self.latents[:, frame % self.options.window] = clean[:, index]
+            if frame - self.planner.sink_start < self.options.sink:
+                self.sink_latents[:, frame - self.planner.sink_start] = clean[:, index]
+        if self._fused_for is not None:
+            self.raw_keys, self.fused_keys = self.fused_keys, self.raw_keys
+            self.sink_values, self.fused_values = self.fused_values, self.sink_values
+            self._fused_for = None
+        if self.ledger is not None and self.spare is not None:
+            if plan.compressed_from:
+                (self.keys, self.values), self.spare = self.spare, (self.keys, self.values)
+            self.ledger.commit(plan)
         self.planner.commit(plan)
+        self.rotated_at = {frame: self.rotated_at[frame] for frame in self.planner.slot_of}
 
     def clean_latents(self, plan: BlockPlan) -> torch.Tensor:
         """Clean latents `[B, C, F, H, W]` of the plan's own frames, for a replay."""
-        return self.latents[:, [slot.slot for slot in plan.own]].transpose(1, 2)
+        start, sink = self.planner.sink_start, self.options.sink
+        frames = [
+            self.sink_latents[:, frame - start]
+            if frame - start < sink
+            else self.latents[:, frame % self.options.window]
+            for frame in plan.frames
+        ]
+        return torch.stack(frames, 2)
+
+    def reanchor(self) -> None:
+        """The latest frames become the window and the oldest of them the sink; their keys have yet to be written."""
+        last = self.planner.next_frame
+        frames = range(max(self.planner.scene_start, last - self.options.window), last)
+        if frames:
+            self.planner.reanchor(frames)
+            sink = frames[: self.options.sink]
+            self.sink_latents[:, : len(sink)] = self.latents[:, [f % self.options.window for f in sink]]
 
     def snapshot(self) -> CacheSnapshot:
         """A copy of everything a prompt switch may change. Not for the steady state: it clones the window."""
-        tensors = (self.keys.clone(), self.values.clone(), self.raw_keys.clone())
+        tensors = tuple(t.clone() for t in self._state())
         return CacheSnapshot(tensors, self.planner.copy(), dict(self.rotated_at))
+
+    def _state(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values, self.raw_keys, self.sink_values, self.sink_latents
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         """Go back to a snapshot."""
-        for own, saved in zip((self.keys, self.values, self.raw_keys), snapshot.tensors, strict=True):
+        for own, saved in zip(self._state(), snapshot.tensors, strict=True):
             own.copy_(saved)
         self.planner = snapshot.planner.copy()
         self.rotated_at = dict(snapshot.rotated_at)
+        self._fused_for = None
 
     def stored(
         self, layer: int, frames: Sequence[int], rotated: bool = True
@@ -160,11 +282,16 @@ class ContextCache:
 
         Keys are rotated at their position, or with `rotated=False` turned back to what they were before.
         """
-        slots = [self.planner.slot_of[frame] for frame in frames]
-        index = torch.cat([torch.arange(self.tokens_per_frame) + s * self.tokens_per_frame for s in slots])
+        index = torch.cat(
+            [
+                torch.arange(self.tokens_per_frame) + self.planner.slot_of[f] * self.tokens_per_frame
+                for f in frames
+            ]
+        )
         keys, values = self.keys[layer][:, index], self.values[layer][:, index]
         if not rotated:
-            by = rotation([self.rotated_at[slot] for slot in slots], *self.grid, self.head_dim, self.device)
+            at = [self.rotated_at[frame] for frame in frames]
+            by = rotation(at, *self.grid, self.head_dim, self.device)
             keys = rotate(keys, Rotation(by.cos, -by.sin))
         return keys, values
 

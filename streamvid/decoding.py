@@ -27,6 +27,16 @@ class VaeState:
         return VaeState(copy(self.features), self.started)
 
 
+def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Lay the convolutions' weights out channels-last, in place: what CPUs and GPUs convolve fastest; values stay."""
+    for parameter in vae.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        elif parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return vae
+
+
 def decoder_state(vae: AutoencoderKLWan) -> VaeState:
     return VaeState([None] * vae._cached_conv_counts["decoder"])
 

@@ -10,9 +10,23 @@ from typing import Any
 
 import yaml
 
+from streamvid.compression import IMPORTANCE
+from streamvid.context import SINK_PRECISIONS
 from streamvid.errors import UserError
+from streamvid.positions import POSITIONS
+from streamvid.sampler import SAMPLERS
 from streamvid.switching import switch_policy
 from streamvid.window import WindowOptions
+
+
+CHOICES = {
+    "sampler": SAMPLERS,
+    "sink_update": ("static", "ema"),
+    "sink_precision": SINK_PRECISIONS,
+    "positions": tuple(POSITIONS),
+    "importance": tuple(IMPORTANCE),
+    "context_window": ("same", "release"),
+}
 
 
 @dataclass(frozen=True)
@@ -21,32 +35,90 @@ class Method:
 
     Args:
         name, source: of the preset; source is the paper or release it reproduces.
-        frames_per_block, window, sink, positions: what a block attends (`WindowOptions`), in latent frames.
+        sampler: how blocks come out of noise (streamvid.sampler).
+        frames_per_block, window, sink: what a block attends (`WindowOptions`), in latent frames.
+        sink_update: static, or ema: evicted frames are averaged into the sink.
+        sink_decay, sink_precision: share of the sink that stays at each average, and the precision it is kept in.
+        positions: at which temporal positions frames are seen (streamvid.positions).
+        budget, recent: a full window is compressed to so many frames, of which so many recent ones stay whole.
+        importance, max_reuse: how compression ranks tokens (streamvid.compression), and how often it may choose one.
+        first_sink_shift: positions that the sink moves at the first eviction, with positions = deep_forcing_release.
+        shot_offset, pin_shots: positions skipped at a new shot; whether its first frames stay in the window.
+        past_bias: factor in (0, 1] on the attention weight of past frames other than the first (Daydream Scope).
         denoising_steps: levels of the few-step sampler before warping; None takes those of the model's scheduler.
         context_timestep: timestep of the context pass (the releases' `context_noise`; no noise is added).
+        context_window: what the context pass of the rolling sampler sees: the same as denoising, or what the release shows.
         transition: prompt-switch policy where a script or a live prompt names none (streamvid.switching).
     """
 
     name: str = "custom"
     source: str = ""
+    sampler: str = "few_step"
     frames_per_block: int = 3
     window: int = 12
     sink: int = 3
+    sink_update: str = "static"
+    sink_decay: float = 0.999
+    sink_precision: str = "float32"
     positions: str = "absolute"
+    budget: int | None = None
+    recent: int | None = None
+    importance: str = "sum"
+    max_reuse: int = 7
+    first_sink_shift: int = 0
+    shot_offset: int = 0
+    pin_shots: bool = False
+    past_bias: float = 1.0
     denoising_steps: tuple[float, ...] | None = None
     context_timestep: float = 0.0
+    context_window: str = "same"
     transition: str = "recache"
 
     def __post_init__(self) -> None:
         switch_policy(self.transition)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"{name} = {getattr(self, name)!r} is not known: choose one of {', '.join(choices)}"
+                )
         self.window_options()  # refuses impossible windows before anything is allocated
         if not 0 <= self.context_timestep <= 1000:
             raise UserError(
                 f"context_timestep = {self.context_timestep} must be between 0 and 1000; 0 is usual"
             )
+        if not 0 <= self.sink_decay <= 1:
+            raise UserError(f"sink_decay = {self.sink_decay} must be between 0 and 1; 0.999 is usual")
+        if not 0 < self.past_bias <= 1:
+            raise UserError(f"past_bias = {self.past_bias} must be above 0 and at most 1, which is no bias")
+        if self.max_reuse < 1:
+            raise UserError(f"max_reuse = {self.max_reuse} must be at least 1")
 
-    def window_options(self) -> WindowOptions:
-        return WindowOptions(self.frames_per_block, self.window, self.sink, self.positions)
+    def window_options(self, levels: int | None = None) -> WindowOptions:
+        """The window, with as many jointly denoised blocks as the sampler has `levels`, if it denoises jointly."""
+        known = levels or (len(self.denoising_steps) if self.denoising_steps else 1)
+        return WindowOptions(
+            self.frames_per_block,
+            self.window,
+            self.sink,
+            self.positions,
+            joint_blocks=known if self.sampler == "rolling" else 1,
+            fuse=self.sink_update == "ema",
+            budget=self.budget,
+            recent=self.recent,
+            first_sink_shift=self.first_sink_shift,
+            shot_offset=self.shot_offset,
+            pin_shots=self.pin_shots,
+        )
+
+    def cache_options(self) -> dict[str, Any]:
+        """What `ContextCache` takes beside the window."""
+        return {
+            "sink_decay": self.sink_decay,
+            "sink_precision": self.sink_precision,
+            "past_bias": self.past_bias,
+            "importance": self.importance,
+            "max_reuse": self.max_reuse,
+        }
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Method:
         """This method with some options changed.
@@ -104,14 +176,22 @@ def _typed(name: str, value: Any) -> Any:
                 f"denoising_steps = {value!r} must be a list of numbers, e.g. [1000, 750, 500, 250]"
             )
         return tuple(float(v) for v in levels)
-    if name == "context_timestep":
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise UserError(f"context_timestep = {value!r} must be a number")
-        return float(value)
-    wanted: type = str if name in ("positions", "transition") else int
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        raise UserError(f"{name} = {value!r} must be {'a name' if wanted is str else 'a whole number'}")
-    return value
+    kind = str(_TYPES[name])
+    if value is None and "None" in kind:
+        return None
+    wanted, what = next(known for key, known in _KINDS.items() if kind.startswith(key))
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise UserError(f"{name} = {value!r} must be {what}")
+    return float(value) if kind == "float" else value
+
+
+_TYPES = {f.name: f.type for f in fields(Method)}
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a name"),
+}
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -38,6 +38,7 @@ X0 = Tolerance(1e-4, 1e-4)
 FORWARD = Tolerance(2e-5, 1e-5)
 SCHEDULE = Tolerance(1e-6)
 PIXELS = Tolerance(2e-5)
+SCORES = Tolerance(1e-3, 1e-4)  # sums over many queries
 
 
 @dataclass(frozen=True)

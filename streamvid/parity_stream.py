@@ -5,7 +5,8 @@ A setting without an entry in these tables is refused, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from streamvid.checkpoints import load_transformer
 from streamvid.errors import UserError
 from streamvid.methods import Method
-from streamvid.parity_case import FORWARD, LATENTS, SCHEDULE, X0, Case, Row, compare
+from streamvid.parity_case import EXACT, FORWARD, LATENTS, SCHEDULE, SCORES, X0, Case, Row, Tensors, compare
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 from streamvid.rope import THETA, axis_pairs
 from streamvid.schedule import FewStepFlowScheduler
@@ -92,34 +93,75 @@ class RecordingScheduler(FewStepFlowScheduler):
 
 # --- streams ----------------------------------------------------------------------------------------------------------
 
-# Key of `streaming` -> option of `Method`, taken as it is.
+# Key of `streaming` -> option of `Method`, taken as it is. Several families name the same thing differently.
 STREAMING_OPTIONS = {
     "frames_per_block": "frames_per_block",
     "sink_size": "sink",
+    "sink_frames": "sink",
+    "attention_frames": "window",
     "context_noise": "context_timestep",
+    "ema_decay": "sink_decay",
+    "budget_frames": "budget",
+    "recent_frames": "recent",
+    "score_fusion": "importance",
+    "topc_max_reuse": "max_reuse",
 }
-# Keys that `stream_method` and `run_stream` work out.
-STREAMING_DERIVED = ("blocks", "local_attn_size", "cache_capacity_frames")
-# Keys of what does not exist yet. To add it: an option of `Method`, and the key moves up.
-STREAMING_MISSING = {
-    "ema_decay": "a sink of moving averages (Reward Forcing)",
-    "rolling_window_blocks": "the rolling sampler (Rolling Forcing)",
-    "mode": "a deep sink (Deep Forcing)",
-    "budget_frames": "participative compression (Deep Forcing)",
-    "global_sink": "LongLive's released sink at a prompt switch",
-    "switch_frame_indices": "switches that recache in both directions",
-}
+# Keys that `stream_method` and `run_stream` work out, and counts that follow from the others.
+STREAMING_DERIVED = (
+    *("blocks", "local_attn_size", "cache_capacity_frames", "cache_frames", "mode", "first_sink_rotation_literal"),
+    *("rolling_window_blocks", "global_sink", "switch_frame_indices", "switches_applied_at_frame"),
+    *("evictions", "windows"),
+)
+STREAMING_NEEDED = ("frames_per_block", "blocks", "context_noise")
+MODES = ("deep sink only", "deep sink + participative compression")
 # `cache.k_stored_after_rope` -> positions: what is stored tells how the reference places it.
 POSITIONS = {True: "absolute", False: "cache_relative"}
 
 
 def stream_method(case: Case) -> Method:
     """The engine's options for a case's `streaming` section."""
-    streaming = case.settings["streaming"]
-    absent = {what: key for key, what in STREAMING_MISSING.items() if key in streaming}
-    if absent:
-        raise case.missing(f"streaming.{', '.join(absent.values())}", " and ".join(absent))
-    streaming = case.section("streaming", [*STREAMING_OPTIONS, *STREAMING_DERIVED])
+    streaming = case.section("streaming", [*STREAMING_OPTIONS, *STREAMING_DERIVED], STREAMING_NEEDED)
+    options = {ours: streaming[key] for key, ours in STREAMING_OPTIONS.items() if key in streaming}
+    options |= {"transition": "cross_only"}
+    family = _rolling if "rolling_window_blocks" in streaming else _block_by_block
+    options |= family(case, streaming)
+    sink, block = options["sink"], options["frames_per_block"]
+    if "LongLive" in str(case.settings.get("reference", {}).get("project")) and sink > block:
+        raise case.missing(
+            f"streaming.sink_size = {sink} above frames_per_block = {block}",
+            "LongLive's treatment of a sink larger than a block (empty slots attended, sink frames left noisy)",
+        )
+    return Method(name="recorded").with_overrides(options)
+
+
+def _rolling(case: Case, streaming: dict) -> dict[str, Any]:
+    """Rolling Forcing, with the release's two windows for denoising and context."""
+    for key in ("attention_frames", "sink_frames", "cache_frames"):
+        if key not in streaming:
+            raise UserError(f"{case.folder}/case.json: streaming.{key} is not there: record the case again")
+    levels = case.settings["schedule"].get("denoising_step_list", [])
+    if streaming["rolling_window_blocks"] != len(levels):
+        raise case.missing(
+            f"streaming.rolling_window_blocks = {streaming['rolling_window_blocks']}",
+            f"a rolling window of other than one block per level ({len(levels)})",
+        )
+    if streaming["cache_frames"] < streaming["attention_frames"]:
+        raise case.missing(
+            f"streaming.cache_frames = {streaming['cache_frames']}", "a cache shorter than the attention"
+        )
+    return {
+        "sampler": "rolling",
+        "positions": "sink_before_window",
+        "context_window": "release",
+        "denoising_steps": levels,
+    }
+
+
+def _block_by_block(case: Case, streaming: dict) -> dict[str, Any]:
+    """Everything else: one window, and what its family does beside it."""
+    for key in ("local_attn_size", "cache_capacity_frames", "sink_size"):
+        if key not in streaming:
+            raise UserError(f"{case.folder}/case.json: streaming.{key} is not there: record the case again")
     window, capacity = streaming["local_attn_size"], streaming["cache_capacity_frames"]
     if window > capacity:
         raise UserError(
@@ -136,15 +178,36 @@ def stream_method(case: Case) -> Method:
     after_rope = case.settings.get("cache", {}).get("k_stored_after_rope", True)
     if not isinstance(after_rope, bool):
         raise case.missing(f"cache.k_stored_after_rope = {after_rope!r}", "keys of both kinds in one cache")
-    sink, block = streaming["sink_size"], streaming["frames_per_block"]
-    if "LongLive" in str(case.settings.get("reference", {}).get("project")) and sink > block:
-        raise case.missing(
-            f"streaming.sink_size = {sink} above frames_per_block = {block}",
-            "LongLive's treatment of a sink larger than a block (empty slots attended, sink frames left noisy)",
-        )
-    options = {ours: streaming[key] for key, ours in STREAMING_OPTIONS.items()}
-    options |= {"window": window, "positions": POSITIONS[after_rope], "transition": "cross_only"}
-    return Method(name="recorded").with_overrides(options)
+    options: dict[str, Any] = {"window": window, "positions": POSITIONS[after_rope]}
+    if "ema_decay" in streaming:
+        if streaming["sink_size"] % streaming["frames_per_block"]:
+            raise case.missing(
+                f"streaming.sink_size = {streaming['sink_size']} with evictions of other sizes",
+                "Reward Forcing's sink that is overwritten by evicted frames where the sizes differ",
+            )
+        options |= {"sink_update": "ema"}
+    if "mode" in streaming:
+        if streaming["mode"] not in MODES:
+            raise case.missing(f"streaming.mode = {streaming['mode']!r}", f"a mode other than {' and '.join(MODES)}")
+        options |= {"positions": "deep_forcing_release"}
+        if streaming["mode"] == MODES[1]:
+            literal = streaming.get("first_sink_rotation_literal", 21)
+            options |= {"first_sink_shift": literal - streaming["budget_frames"]}
+    return options
+
+
+def switch_policies(case: Case) -> dict[int, str]:
+    """Block -> policy of LongLive's released recache, at the first block that starts at or after each switch."""
+    streaming = case.settings["streaming"]
+    frames = streaming.get("switch_frame_indices", [])
+    if not frames:
+        return {}
+    sink = "keep_once_full" if streaming.get("global_sink", True) else "reanchor"
+    blocks: list[int] = []
+    for frame in frames:
+        block = -(-frame // streaming["frames_per_block"])
+        blocks.append(max(block, blocks[-1] + 1 if blocks else 1))  # one switch per block
+    return dict.fromkeys(blocks, f"recache(bidirectional, {sink})")
 
 
 LATENT_KEYS = ("B", "F", "C", "H", "W", "tokens_per_frame")
@@ -156,8 +219,11 @@ class RecordedNoise:
     def __init__(self, case: Case):
         self.case = case
         self.first_frame = {0: 0}
+        self.at_block: Callable[[int], None] = lambda block: None
 
     def __call__(self, block: int, step: int, frames: int) -> torch.Tensor:
+        if step == 0:
+            self.at_block(block)
         start = self.first_frame[block]
         self.first_frame[block + 1] = start + frames
         if step == 0:
@@ -188,6 +254,7 @@ def run_stream(case: Case) -> Iterator[Row]:
     latent = case.section("latent", LATENT_KEYS)
     schedule = case.section("schedule", [*SCHEDULE_OPTIONS, "warped_denoising_steps"])
     method = stream_method(case)
+    switches = switch_policies(case)
     blocks = case.settings["streaming"]["blocks"]
     shape = tuple(latent[key] for key in "BFCHW")
     if tuple(case.input("noise").shape) != shape or blocks * method.frames_per_block != latent["F"]:
@@ -196,42 +263,115 @@ def run_stream(case: Case) -> Iterator[Row]:
             f"match the noise {tuple(case.input('noise').shape)}: record the case again"
         )
     prompts = case.section("prompts", ["segments", "valid_rows", "note"], ["segments", "valid_rows"])
-    if prompts["segments"] != 1:
-        raise case.missing("prompts.segments", "several prompts without a switch setting")
+    if prompts["segments"] != len(switches) + 1:
+        raise case.missing(
+            f"prompts.segments = {prompts['segments']}", f"{len(switches)} switches of other than one prompt each"
+        )
     text = tuple(case.settings["model"][key] for key in ("text_len", "text_dim"))
-    case.check_prompt("prompt/0", prompts["valid_rows"][0], (latent["B"], *text))
+    for segment in range(prompts["segments"]):
+        case.check_prompt(f"prompt/{segment}", prompts["valid_rows"][segment], (latent["B"], *text))
     scheduler = RecordingScheduler(**{ours: schedule[key] for key, ours in SCHEDULE_OPTIONS.items()})
     outputs, x0 = scheduler.record()
     pipe = RecordedPipeline(case, scheduler)
+    noise = RecordedNoise(case)
     stream = pipe.stream(
         ["prompt/0"] * latent["B"],
         method=method,
         height=latent["H"] * pipe.spatial_ratio,
         width=latent["W"] * pipe.spatial_ratio,
         blocks=blocks,
-        noise=RecordedNoise(case),
+        noise=noise,
         decode_pixels=False,
     )
     if stream.cache.tokens_per_frame != latent["tokens_per_frame"]:
         raise UserError(
             f"{case.folder}/case.json: latent.tokens_per_frame does not follow from H, W and patch_size"
         )
-    latents = torch.cat([chunk.latents for chunk in stream], dim=2)
-
-    got = {"latents": latents.transpose(1, 2), "flow/first": outputs[0].transpose(1, 2)}
+    got = _play(stream, noise, switches, latent["B"])
+    got |= {"flow/first": outputs[0].transpose(1, 2)}
     for index, prediction in enumerate(x0):
         block, step = divmod(index, len(scheduler.steps))
-        got[f"x0/{block}/{step}"] = prediction.transpose(1, 2)
-    frames = stored_frames(case, stream)
+        name = f"x0/{index}" if method.sampler == "rolling" else f"x0/{block}/{step}"
+        got[name] = prediction.transpose(1, 2)
+    got |= _stored(case, stream)
     levels = torch.tensor(schedule["warped_denoising_steps"])
     yield compare("warped_denoising_steps", torch.tensor(scheduler.steps), levels, SCHEDULE)
-    for name in case.recorded(r"latents|flow/first|x0/\d+/\d+|cache/\d+/[kv]"):
-        family = name.split("/")[0]
-        if family == "cache":
-            yield compare_cache(name, case, stream, frames)
-        else:
-            tolerance = {"latents": LATENTS, "flow": FORWARD, "x0": X0}[family]
-            yield compare(name, got.get(name), case.outputs[name], tolerance)
+    for name in case.recorded(OUTPUTS):
+        yield _compare(name, got.get(name), case, stream)
+
+
+OUTPUTS = (
+    r"latents|flow/first|x0/\d+(/\d+)?|cache/\d+/(k|v|token_id)|cache_after_switch/\d+/\d+/[kv]"
+    r"|pc/\d+/\d+/(scores|selected)"
+)
+TOLERANCES = {"latents": LATENTS, "flow": FORWARD, "x0": X0, "cache_after_switch": LATENTS}
+
+
+def _play(stream: VideoStream, noise: RecordedNoise, switches: dict[int, str], batch: int) -> Tensors:
+    """Run a stream with its switches; the latents, and what is only seen on the way."""
+    seen: Tensors = {}
+    segment_of = {block: segment for segment, block in enumerate(switches, 1)}
+    rolls, latents = 0, []
+
+    def at_block(block: int) -> None:
+        """The first forward of a block is about to run: its window is as the switch left it."""
+        if block in segment_of:
+            for layer in range(len(stream.cache.keys)):
+                live = stream.cache.planner.live_frames
+                for kind, tensor in zip("kv", stream.cache.stored(layer, live), strict=True):
+                    seen[f"cache_after_switch/{segment_of[block] - 1}/{layer}/{kind}"] = tensor
+
+    noise.at_block = at_block
+    for _ in range(stream.blocks or 0):
+        if stream.block in switches:
+            stream.prompt([f"prompt/{segment_of[stream.block]}"] * batch, policy=switches[stream.block])
+        latents.append(next(stream).latents)
+        ledger = stream.cache.ledger
+        if ledger is not None and ledger.scores:
+            for layer, scores in ledger.scores.items():
+                options = stream.cache.options
+                sink, recent = (
+                    n * stream.cache.tokens_per_frame for n in (options.sink, options.recent_frames)
+                )
+                seen[f"pc/{rolls}/{layer}/scores"] = scores[:, sink : scores.shape[1] - recent]
+                seen[f"pc/{rolls}/{layer}/selected"] = ledger.selected[layer]
+            ledger.scores.clear()
+            rolls += 1
+    seen["latents"] = torch.cat(latents, dim=2).transpose(1, 2)
+    return seen
+
+
+def _stored(case: Case, stream: VideoStream) -> Tensors:
+    """The tokens of every layer at the end, where the order of slots is the reference's own (compressed caches)."""
+    cache = stream.cache
+    if cache.ledger is None:
+        return {}
+    planner = cache.planner
+    sink, recent = planner._split(planner.live_frames)
+    slots = [
+        *(planner.slot_of[f] for f in sink),
+        *planner.compressed,
+        *(planner.slot_of[f] for f in recent),
+    ]
+    tokens = cache.ledger._tokens(slots)
+    got: Tensors = {}
+    for layer in range(len(cache.keys)):
+        got[f"cache/{layer}/k"] = cache.keys[layer][:, tokens]
+        got[f"cache/{layer}/v"] = cache.values[layer][:, tokens]
+        got[f"cache/{layer}/token_id"] = cache.ledger.ids[layer][:, tokens]
+    return got
+
+
+def _compare(name: str, got: torch.Tensor | None, case: Case, stream: VideoStream) -> Row:
+    parts = name.split("/")
+    family, kind = parts[0], parts[-1]
+    if kind in ("token_id", "selected"):
+        return compare(name, got, case.outputs[name], EXACT)
+    if kind == "scores":
+        return compare(name, got, case.outputs[name], SCORES)
+    if family == "cache" and got is None:
+        return compare_cache(name, case, stream, stored_frames(case, stream))
+    return compare(name, got, case.outputs[name], TOLERANCES.get(family, LATENTS))
 
 
 def stored_frames(case: Case, stream: VideoStream) -> list[int]:
@@ -239,10 +379,11 @@ def stored_frames(case: Case, stream: VideoStream) -> list[int]:
     live = stream.cache.planner.live_frames
     frames = case.settings.get("cache", {}).get("frames_in_slots", live)
     streaming, length = case.settings["streaming"], case.settings["latent"]["F"]
-    if len(frames) != min(length, streaming["cache_capacity_frames"]):
+    capacity = streaming.get("cache_capacity_frames", streaming.get("cache_frames"))
+    if len(frames) != min(length, capacity):
         raise UserError(
             f"{case.folder}/case.json: cache.frames_in_slots has {len(frames)} frames, which does not follow from "
-            f"cache_capacity_frames = {streaming['cache_capacity_frames']}: record the case again"
+            f"a cache of {capacity} frames: record the case again"
         )
     return frames
 
@@ -261,4 +402,13 @@ def compare_cache(name: str, case: Case, stream: VideoStream, frames: list[int])
         tokens = recorded.unflatten(1, (len(frames), -1))
         recorded = tokens[:, [slot for slot, frame in enumerate(frames) if frame in live]].flatten(1, 2)
     rotated = case.settings.get("cache", {}).get("k_stored_after_rope", True)
-    return compare(name, cache.stored(int(layer), kept, rotated)["kv".index(kind)], recorded, LATENTS)
+    if stream.method.sampler == "rolling":  # the sink is stored as it came, everything else rotated
+        sink = [frame for frame in kept if frame < stream.method.sink]
+        parts = [
+            cache.stored(int(layer), kept[: len(sink)], rotated=False),
+            cache.stored(int(layer), kept[len(sink) :]),
+        ]
+        got = torch.cat([part["kv".index(kind)] for part in parts], 1)
+    else:
+        got = cache.stored(int(layer), kept, rotated)["kv".index(kind)]
+    return compare(name, got, recorded, LATENTS)

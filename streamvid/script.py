@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
@@ -24,8 +25,9 @@ from streamvid import script_formats
 from streamvid.errors import UserError
 from streamvid.script_formats import Located, plain, problem, show
 
-TRANSITIONS = ("cross_only", "recache", "cut")
-"""Names of the prompt-switch policies that a shot's `transition` may ask for."""
+TRANSITIONS = ("cross_only", "recache", "flush", "blend", "shot", "cut")
+"""Names of the prompt-switch policies that a shot's `transition` may ask for, options in brackets: `blend(8, slerp)`."""
+OPTIONS_PATTERN = r"(\([a-z0-9_][a-z0-9_, ]*\))?"
 MAX_PROMPT_CHARACTERS = 2000
 MIN_SECONDS = 0.001
 """Shortest length of a shot, in seconds, before snapping; also the tolerance between contradictory times."""
@@ -166,7 +168,7 @@ def _field_schema(spec: FieldSpec) -> dict[str, Any]:
     types = {"text": "string", "mapping": "object", "shots": "array"}
     schema: dict[str, Any] = {"type": types.get(spec.kind, spec.kind), "description": spec.help}
     if spec.choices:
-        schema["enum"] = list(spec.choices)
+        schema["pattern"] = f"^({'|'.join(spec.choices)}){OPTIONS_PATTERN}$"
     elif spec.kind == "text":
         schema |= {"minLength": 1, "maxLength": spec.longest, "pattern": "\\S"}
     elif spec.kind == "mapping":
@@ -408,7 +410,7 @@ def _read_text_value(
     if not isinstance(value, str):
         raise problem(source, line, f"{given} text; put it in quotes if it is meant as text")
     if spec.choices:
-        if value not in spec.choices:
+        if not re.fullmatch(f"({'|'.join(spec.choices)}){OPTIONS_PATTERN}", value):
             near = difflib.get_close_matches(value.lower(), spec.choices, n=1)
             fix = f"; did you mean {near[0]!r}" if near else "; choose one of them"
             raise problem(source, line, f"{given} one of {', '.join(spec.choices)}{fix}")

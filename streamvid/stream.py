@@ -25,8 +25,8 @@ from streamvid.decoding import VaeState, decode, decoder_state
 from streamvid.errors import UserError
 from streamvid.methods import SHOT_OPTION_NAMES, Method
 from streamvid.noise import NoiseSource, SeededNoise
-from streamvid.sampler import few_step_block
-from streamvid.switching import switch_policy
+from streamvid.sampler import BlockInputs, sampler_named
+from streamvid.switching import SwitchPolicy, switch_policy
 from streamvid.transformer import PromptKV
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ class VideoStream:
         lengths = [n for n in (blocks, timeline.blocks if timeline is not None else None) if n is not None]
         self.blocks = min(lengths, default=None)
         config = pipe.transformer.config
+        self.steps = self._steps(method.denoising_steps)
+        self.sampler = sampler_named(method.sampler, method.context_window == "release")
         self.cache = ContextCache(
-            method.window_options(),
+            method.window_options(levels=len(self.steps)),
             layers=config.num_layers,
             heads=config.num_attention_heads,
             head_dim=config.attention_head_dim,
@@ -119,15 +121,16 @@ class VideoStream:
             dtype=pipe.transformer.dtype,
             device=pipe.transformer.device,
             attention=attention,
+            **method.cache_options(),
         )
         self.block = 0
         self.frames_shown = 0
         self.decode_pixels = decode_pixels
         self.decoder: VaeState = decoder_state(pipe.vae)
         self.noise = noise
-        self.steps = self._steps(method.denoising_steps)
         self.current = first
-        self._prompt_kv: tuple[tuple[str, ...], PromptKV] | None = None
+        self.blend: _Blend | None = None
+        self._prompt_kv: tuple[tuple[str, ...], torch.Tensor, PromptKV] | None = None
         self._pending: PromptChange | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -183,28 +186,20 @@ class VideoStream:
         state = self._after(change)
         events: tuple[str, ...] = ()
         with clock.stage("switch"):
-            prompt_kv = self._keys_of(state.current.prompts)
+            prompt_kv = self._prompt_keys(state)
             if change is not None and self.block > 0:
-                policy = change.policy or self.method.transition
+                name = change.policy or self.method.transition
+                policy = switch_policy(name)
                 undo.snapshot = self.cache.snapshot()
-                switch_policy(policy)(self.cache, lambda plan: self._context_pass(plan, prompt_kv))
-                events = (f"switch:{policy}",)
-                if policy == "cut":
-                    state = replace(state, decoder=decoder_state(self.pipe.vae))
-        plan = self.cache.planner.plan()
+                policy.apply(self.cache, lambda plan: self._context_pass(plan, prompt_kv))
+                events = (f"switch:{name}",)
+                if policy.restarts_decoder:
+                    state = replace(state, decoder=decoder_state(self.pipe.vae), new_scene=True)
+        inputs = self._inputs(state, prompt_kv)
         with clock.stage("denoise"):
-            self.cache.begin(plan)
-            latents = few_step_block(
-                self.pipe.transformer,
-                self.pipe.scheduler,
-                state.steps,
-                plan,
-                prompt_kv,
-                self.cache,
-                state.noise,
-            )
+            plan, latents = self.sampler.denoise(inputs)
         with clock.stage("context"):
-            self._forward(latents, prompt_kv)
+            committed = self.sampler.context_pass(inputs, plan, latents)
         with clock.stage("decode"):
             decoder = state.decoder.fork()
             videos = self._pixels(latents, decoder)
@@ -222,8 +217,10 @@ class VideoStream:
             attended=plan.attended,
         )
         # commit: nothing above changed what the next block is computed from
-        self.cache.commit(plan, latents)
+        self.cache.commit(committed, latents)
+        self.sampler.commit()
         self.current, self.noise, self.steps, self.decoder = state.current, state.noise, state.steps, decoder
+        self.blend = state.blend
         self.block += 1
         self.frames_shown += shown
         with self._lock:
@@ -250,9 +247,10 @@ class VideoStream:
 
     def _after(self, change: PromptChange | None) -> _Next:
         """What the next block is made with."""
-        state = _Next(self.current, self.noise, self.steps, self.decoder)
+        state = _Next(self.current, self.noise, self.steps, self.decoder, self.blend)
         if change is None:
             return state
+        policy = switch_policy(change.policy or self.method.transition)
         for name in change.overrides:
             if name not in SHOT_OPTION_NAMES:
                 raise UserError(
@@ -266,7 +264,14 @@ class VideoStream:
                     "seed of a shot needs noise = seeded: the reference draw order has one seed only"
                 )
             noise = SeededNoise([change.seed + i for i in range(len(noise.seeds))], noise.frame_shape)
-        return replace(state, current=change, noise=noise, steps=self._steps(levels))
+        steps = self._steps(levels)
+        if len(steps) != len(self.steps) and self.method.sampler == "rolling":
+            raise UserError(
+                f"denoising_steps of a shot has {len(steps)} levels, and with sampler = rolling each of the stream's "
+                f"{len(self.steps)} has its block in the window: give as many"
+            )
+        blend = _Blend(self.current.prompts, self.blend, self.block, policy) if policy.blocks > 1 else None
+        return replace(state, current=change, noise=noise, steps=steps, blend=blend)
 
     def _steps(self, levels: tuple[float, ...] | None) -> tuple[tuple[float, float], ...]:
         """Timestep and sigma of every denoising step."""
@@ -274,21 +279,49 @@ class VideoStream:
         timesteps = scheduler.steps if levels is None else scheduler.warped(levels)
         return tuple((t, float(scheduler.sigma(torch.tensor(t)))) for t in timesteps)
 
+    def _prompt_keys(self, state: _Next) -> PromptKV:
+        """Cross-attention keys and values of the next block, computed once per prompt."""
+        prompts = state.current.prompts
+        if state.blend is not None and state.blend.share(self.block) < 1:
+            return self.pipe.transformer.prompt_kv(self._embedding(prompts, state.blend, self.block))
+        return self._keys_of(prompts)
+
     def _keys_of(self, prompts: tuple[str, ...]) -> PromptKV:
-        """Cross-attention keys and values, computed once per prompt."""
         if self._prompt_kv is None or self._prompt_kv[0] != prompts:
-            embeddings = self.pipe.encode_prompt(list(prompts)).to(self.cache.keys)
-            self._prompt_kv = (prompts, self.pipe.transformer.prompt_kv(embeddings))
-        return self._prompt_kv[1]
+            embeddings = self._encode(prompts)
+            self._prompt_kv = (prompts, embeddings, self.pipe.transformer.prompt_kv(embeddings))
+        return self._prompt_kv[2]
+
+    def _encode(self, prompts: tuple[str, ...]) -> torch.Tensor:
+        if self._prompt_kv is not None and self._prompt_kv[0] == prompts:
+            return self._prompt_kv[1]
+        return self.pipe.encode_prompt(list(prompts)).to(self.cache.keys)
+
+    def _embedding(self, prompts: tuple[str, ...], blend: _Blend | None, block: int) -> torch.Tensor:
+        """What block `block` is told: the prompt, or something between it and the one before."""
+        new = self._encode(prompts)
+        if blend is None or blend.share(block) >= 1:
+            return new
+        old = self._embedding(blend.prompts, blend.before, blend.start - 1)
+        return blend.policy.mix(old, new, blend.share(block))
+
+    def _inputs(self, state: _Next, prompt_kv: PromptKV) -> BlockInputs:
+        return BlockInputs(
+            self.pipe.transformer,
+            self.pipe.scheduler,
+            state.steps,
+            prompt_kv,
+            self.cache,
+            state.noise,
+            self.blocks,
+            self.method.context_timestep,
+            state.new_scene,
+        )
 
     def _context_pass(self, plan, prompt_kv: PromptKV) -> None:
         """Replay a plan's clean latents at t = 0, rewriting their keys and values (`cache.begin` was called)."""
-        self._forward(self.cache.clean_latents(plan), prompt_kv)
-
-    def _forward(self, latents_BCFHW: torch.Tensor, prompt_kv: PromptKV) -> None:
-        shape = latents_BCFHW.shape[0], latents_BCFHW.shape[2]
-        timestep = torch.full(shape, self.method.context_timestep, device=latents_BCFHW.device)
-        self.pipe.transformer(latents_BCFHW, timestep, prompt_kv=prompt_kv, context=self.cache)
+        state = _Next(self.current, self.noise, self.steps, self.decoder, self.blend)
+        self._inputs(state, prompt_kv).context_pass(self.cache.clean_latents(plan))
 
     def _pixels(self, latents_BCFHW: torch.Tensor, decoder: VaeState) -> np.ndarray:
         if not self.decode_pixels:
@@ -307,6 +340,22 @@ class _Next:
     noise: NoiseSource
     steps: tuple[tuple[float, float], ...]
     decoder: VaeState
+    blend: _Blend | None = None
+    new_scene: bool = False
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """A prompt change spread over several blocks: from which prompts (themselves perhaps on the way), since which block."""
+
+    prompts: tuple[str, ...]
+    before: _Blend | None
+    start: int
+    policy: SwitchPolicy
+
+    def share(self, block: int) -> float:
+        """How much of the new prompt `block` is told."""
+        return (block - self.start + 1) / self.policy.blocks
 
 
 @dataclass

@@ -10,11 +10,13 @@ is the business of streamvid.context.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamvid.errors import UserError
+from streamvid.positions import POSITIONS, View
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,13 @@ class WindowOptions:
         sink: first frames of the stream that stay in the window when others are evicted (LongLive, section 3.2).
         positions: name of the temporal position policy, one of `POSITIONS`.
         capacity: slots kept, at least `window`; more changes where keys are stored, never what is attended.
+        joint_blocks: blocks denoised jointly at rising noise levels (Rolling Forcing); 1 for one after the other.
+        fuse: evicted frames are averaged into the sink (Reward Forcing), the n-th into sink frame n modulo sink.
+        budget: a full window is compressed to so many frames, chosen token by token (Deep Forcing); None: frames are dropped.
+        recent: frames at the end of the window, the block included, that a compression keeps whole.
+        first_sink_shift: for positions = deep_forcing_release.
+        shot_offset: positions skipped at every new shot (LongLive 2).
+        pin_shots: the first frames of the newest shot stay in the window too, as many as the sink (LongLive 2).
     """
 
     frames_per_block: int = 3
@@ -34,16 +43,28 @@ class WindowOptions:
     sink: int = 3
     positions: str = "absolute"
     capacity: int | None = None
+    joint_blocks: int = 1
+    fuse: bool = False
+    budget: int | None = None
+    recent: int | None = None
+    first_sink_shift: int = 0
+    shot_offset: int = 0
+    pin_shots: bool = False
 
     def __post_init__(self) -> None:
-        if self.frames_per_block < 1:
-            raise UserError(f"frames_per_block = {self.frames_per_block} must be at least 1")
+        block = self.frames_per_block
+        if block < 1:
+            raise UserError(f"frames_per_block = {block} must be at least 1")
         if self.sink < 0:
             raise UserError(f"sink = {self.sink} must not be negative: give 0 for no sink")
-        if self.window < self.sink + self.frames_per_block:
+        if self.joint_blocks < 1:
+            raise UserError(f"joint_blocks = {self.joint_blocks} must be at least 1")
+        least = self.sink * (1 + self.pin_shots) + block * self.joint_blocks
+        if self.window < least:
+            jointly = f"{self.joint_blocks} blocks" if self.joint_blocks > 1 else "a block"
             raise UserError(
-                f"window = {self.window} cannot hold sink = {self.sink} and a block of {self.frames_per_block} "
-                f"latent frames: give a window of at least {self.sink + self.frames_per_block}"
+                f"window = {self.window} cannot hold sink = {self.sink} and {jointly} of {block} "
+                f"latent frames: give a window of at least {least}"
             )
         if self.positions not in POSITIONS:
             raise UserError(
@@ -53,15 +74,61 @@ class WindowOptions:
             raise UserError(
                 f"capacity = {self.capacity} is below window = {self.window}: give at least the window, or leave it out"
             )
+        if self.pin_shots and self.positions == "cache_relative":
+            raise UserError(
+                "positions = cache_relative moves pinned shots, whose keys are kept at one position: use absolute"
+            )
+        if self.fuse and self.sink == 0:
+            raise UserError(
+                "sink = 0 leaves evicted frames nothing to be fused into: give a sink or sink_update = static"
+            )
+        if self.budget is not None:
+            self._check_budget(self.budget)
+
+    def _check_budget(self, budget: int) -> None:
+        recent = self.recent_frames
+        if recent < self.frames_per_block:
+            raise UserError(
+                f"recent = {recent} must hold the block of {self.frames_per_block} latent frames itself: give at least that"
+            )
+        if not self.sink + recent <= budget <= self.window:
+            raise UserError(
+                f"budget = {budget} must lie between sink + recent = {self.sink + recent} and window = {self.window}"
+            )
+        if self.joint_blocks > 1 or self.fuse or self.pin_shots or self.positions == "cache_relative":
+            raise UserError(
+                f"budget = {budget} keeps single tokens, which excludes joint blocks, a fused sink, pinned shots and "
+                "positions = cache_relative: leave the budget out or change them"
+            )
+
+    @property
+    def recent_frames(self) -> int:
+        return self.frames_per_block if self.recent is None else self.recent
+
+    @property
+    def history(self) -> int:
+        """Recent finished frames kept beside the sink for the blocks to come."""
+        # windows of joint blocks are small at first and then see more of the past than a full one
+        return self.window - self.frames_per_block - (self.sink if self.joint_blocks == 1 else 0)
 
     @property
     def slots(self) -> int:
+        if self.joint_blocks > 1:
+            return max(
+                self.capacity or 0, self.sink + self.history + self.joint_blocks * self.frames_per_block
+            )
         return self.capacity or self.window
+
+
+NO_POSITION = math.nan  # one object, so that equal plans compare equal
 
 
 @dataclass(frozen=True)
 class WindowSlot:
-    """One attended latent frame: where its keys are, which frame of the stream it is, at which position it is seen."""
+    """One attended latent frame: where its keys are, which frame of the stream it is, at which position it is seen.
+
+    A slot of compressed tokens holds no one frame: its `frame` is negative, its `position` is `NO_POSITION`.
+    """
 
     slot: int
     frame: int
@@ -73,12 +140,18 @@ class BlockPlan:
     """Everything a forward needs to know about its window.
 
     `window` is in temporal order and ends with the block's own frames; `evicted` frames are no longer attended.
+
+    Attributes:
+        fused: (slot of an evicted frame, slot of the sink frame into which it is averaged).
+        compressed_from: slots in temporal order from which the window is compressed during the first forward.
     """
 
     block: int
     window: tuple[WindowSlot, ...]
     own: tuple[WindowSlot, ...]
     evicted: tuple[int, ...]
+    fused: tuple[tuple[int, int], ...] = ()
+    compressed_from: tuple[int, ...] = ()
 
     @property
     def frames(self) -> tuple[int, ...]:
@@ -90,26 +163,8 @@ class BlockPlan:
 
     @property
     def positions(self) -> tuple[float, ...]:
-        return tuple(slot.position for slot in self.window)
-
-
-# --- position policies: siblings of one signature -------------------------------------------------------------------
-
-
-def absolute_positions(frames: Sequence[int]) -> list[float]:
-    """Every frame is seen at its index in the scene (Self Forcing, LongLive): the sink's distance grows for ever."""
-    return [float(frame) for frame in frames]
-
-
-def cache_relative_positions(frames: Sequence[int]) -> list[float]:
-    """Every frame is seen at its rank in the window (LongLive's infinite variant, Reward Forcing): nothing ever grows."""
-    return [float(rank) for rank in range(len(frames))]
-
-
-POSITIONS: dict[str, Callable[[Sequence[int]], list[float]]] = {
-    "absolute": absolute_positions,
-    "cache_relative": cache_relative_positions,
-}
+        """Of the frames; compressed tokens, which keep the positions they have, are left out."""
+        return tuple(slot.position for slot in self.window if slot.frame >= 0)
 
 
 class WindowPlanner:
@@ -118,9 +173,16 @@ class WindowPlanner:
     def __init__(self, options: WindowOptions):
         self.options = options
         self.slot_of: dict[int, int] = {}  # frame -> slot, of live frames
+        self.compressed: tuple[int, ...] = ()  # slots of compressed tokens
         self.next_block = 0
         self.next_frame = 0
-        self.scene_start = 0  # first frame of the current scene: its first frames are the sink
+        self.scene_start = 0  # first frame of the current scene: positions count from here
+        self.sink_start = 0  # first frame of the sink
+        self.shots: tuple[int, ...] = ()  # frames at which a new shot began in the scene
+        self.pinned: tuple[int, ...] = ()
+        self.first_roll: int | None = None  # first frame of the block that first evicted something
+        self.roll: int | None = None  # ... and of the block that did last
+        self.fusions = 0
 
     @property
     def live_frames(self) -> list[int]:
@@ -131,35 +193,98 @@ class WindowPlanner:
         """Plan the next block of `frames` latent frames (default `frames_per_block`)."""
         count = frames or self.options.frames_per_block
         own = list(range(self.next_frame, self.next_frame + count))
+        if self.options.budget is not None:
+            stored = len(self.live_frames) + len(self.compressed) + count
+            return self._compress(own) if stored > self.options.window else self._append(own)
         sink, recent = self._split([*self.live_frames, *own])
-        attended = sink + recent[max(0, len(recent) - (self.options.window - self.options.sink)) :]
-        evicted = [frame for frame in self.live_frames if frame not in attended]
-        taken = {slot for frame, slot in self.slot_of.items() if frame in attended}
-        free = [slot for slot in range(self.options.slots) if slot not in taken]
-        slot_of = self.slot_of | dict(zip(own, free, strict=False))
-        return self._plan(self.next_block, attended, own, slot_of, evicted)
+        attended = sink + self._recent(recent)
+        finished = recent[: len(recent) - count]
+        kept = finished[len(finished) - min(len(finished), self.options.history) :]
+        evicted = [frame for frame in self.live_frames if frame not in attended and frame not in kept]
+        taken = {slot for frame, slot in self.slot_of.items() if frame not in evicted}
+        slot_of = self.slot_of | dict(zip(own, self._free(taken), strict=False))
+        plan = self._plan(attended, own, slot_of, evicted)
+        if self.options.fuse and len(sink) == self.options.sink:
+            pairs = [
+                (self.slot_of[frame], self.slot_of[sink[(self.fusions + n) % len(sink)]])
+                for n, frame in enumerate(evicted)
+            ]
+            plan = replace(plan, fused=tuple(pairs))
+        return plan
 
-    def replay(self) -> list[BlockPlan]:
+    def context_plan(self, plan: BlockPlan, released: bool = False) -> BlockPlan:
+        """Plan of the context pass of a window's first block, which alone is finished.
+
+        It sees what the joint forward saw before it. As `released`, Rolling Forcing shows it the sink at its index while
+        all that is stored fits into the window, and no sink afterwards.
+        """
+        count = self.options.frames_per_block
+        own = plan.own[:count]
+        if not released:
+            return replace(plan, window=plan.window[: len(plan.window) - len(plan.own) + count], own=own)
+        stored = [
+            frame for frame in self.live_frames if frame not in plan.evicted and frame not in plan.frames
+        ]
+        seen = [*stored, *(slot.frame for slot in own)]
+        if len(seen) > self.options.window:
+            seen = self._split(seen)[1][-self.options.window :]
+        slot_of = self.slot_of | {slot.frame: slot.slot for slot in own}
+        window = tuple(WindowSlot(slot_of[frame], frame, float(frame - self.scene_start)) for frame in seen)
+        return replace(plan, window=window, own=window[len(window) - count :])
+
+    def replay(self, with_sink: bool = False) -> list[BlockPlan]:
         """Plans that rewrite the recent frames of the window, block by block, each seeing the sink and what is older.
 
-        This is the true block-causal recache: a block is seen by later ones as under the new prompt, the sink stays.
+        This is the true block-causal recache: a block is seen by later ones as under the new prompt. The sink stays, or is
+        rewritten first, as a block of its own.
         """
-        sink, recent = self._split(self.live_frames)
+        sink, recent = self._replayed()
         size = self.options.frames_per_block
         # whole blocks as they were made; the oldest may have lost frames to eviction or to the sink
         cut = len(recent) % size
         blocks = [recent[:cut]] * bool(cut) + [recent[i : i + size] for i in range(cut, len(recent), size)]
-        plans, seen = [], list(sink)
-        for own in blocks:
+        plans, seen = [], [] if with_sink else list(sink)
+        for own in [sink] * (with_sink and bool(sink)) + blocks:
             seen += own
-            plans.append(self._plan(self.next_block, seen, own, self.slot_of, []))
+            plans.append(self._plan(seen, own, self.slot_of, [], self.compressed))
         return plans
+
+    def replay_at_once(self, sink: bool) -> list[BlockPlan]:
+        """One plan that rewrites the recent frames together, each seeing all; with `sink` also the sink's own."""
+        kept, recent = self._replayed()
+        own = kept + recent if sink else recent
+        return [self._plan(kept + recent, own, self.slot_of, [], self.compressed)] if own else []
+
+    def _replayed(self) -> tuple[list[int], list[int]]:
+        """Frames that a replay leaves as they are (or, of the sink, may leave), and those it rewrites."""
+        sink, recent = self._split(self.live_frames)
+        pinned = [frame for frame in recent if frame < self.next_frame - self.options.window]
+        return sink + pinned, recent[len(pinned) :]
+
+    def reanchor(self, frames: Sequence[int]) -> None:
+        """The window becomes `frames`, the first of them the new sink; their keys have yet to be written."""
+        self.slot_of = {frame: slot for slot, frame in enumerate(frames)}
+        self.compressed, self.sink_start = (), frames[0]
+
+    def forget(self, keep_last: int) -> None:
+        """Evict all but the sink and the last frames (Infinity-RoPE's flush)."""
+        sink, recent = self._split(self.live_frames)
+        kept = sink + recent[max(0, len(recent) - keep_last) :]
+        self.slot_of = {frame: self.slot_of[frame] for frame in kept}
+        self.compressed = ()
 
     def commit(self, plan: BlockPlan) -> None:
         """The planned block is finished: it joins the window, what it evicted is forgotten."""
+        first = plan.own[0].frame
         for frame in plan.evicted:
             del self.slot_of[frame]
-        self.slot_of.update({slot.frame: slot.slot for slot in plan.own})
+        self.slot_of |= {slot.frame: slot.slot for slot in plan.window if slot.frame in self.slot_of}
+        self.slot_of |= {slot.frame: slot.slot for slot in plan.own}
+        self.compressed = tuple(slot.slot for slot in plan.window if slot.frame < 0)
+        self.first_roll, self.roll = self._rolls(plan)
+        self.fusions += len(plan.fused)
+        if self.options.pin_shots and self.shots and self.shots[-1] == first:
+            self.pinned = plan.frames[: self.options.sink]
         self.next_block = plan.block + 1
         self.next_frame = plan.own[-1].frame + 1
 
@@ -170,20 +295,86 @@ class WindowPlanner:
 
     def start_scene(self) -> None:
         """Forget the window: the next block is the first of a new scene and brings the new sink."""
-        self.slot_of.clear()
-        self.scene_start = self.next_frame
+        fresh = WindowPlanner(self.options)
+        fresh.next_block, fresh.next_frame = self.next_block, self.next_frame
+        fresh.scene_start = fresh.sink_start = self.next_frame
+        self.__dict__.update(fresh.__dict__)
+
+    def start_shot(self) -> None:
+        """The next block begins a new shot of the scene: `shot_offset` positions on, the window stays (LongLive 2)."""
+        self.shots = (*self.shots, self.next_frame)
+
+    # --- parts of a plan --------------------------------------------------------------------------------------------
 
     def _split(self, frames: Sequence[int]) -> tuple[list[int], list[int]]:
         """Frames of the sink and the others, in temporal order."""
-        end = self.scene_start + self.options.sink
+        end = self.sink_start + self.options.sink
         return [frame for frame in frames if frame < end], [frame for frame in frames if frame >= end]
 
+    def _recent(self, recent: list[int]) -> list[int]:
+        """What is attended beside the sink: the latest frames, and those pinned that are no longer among them."""
+        room = self.options.window - self.options.sink
+        for pinned in range(len(self.pinned) + 1):
+            latest = recent[max(0, len(recent) - room + pinned) :]
+            missing = [frame for frame in self.pinned if frame not in latest]
+            if len(missing) <= pinned:
+                break
+        return missing + latest
+
+    def _free(self, taken: set[int]) -> list[int]:
+        return [slot for slot in range(self.options.slots) if slot not in taken]
+
+    def _append(self, own: list[int]) -> BlockPlan:
+        taken = {*self.slot_of.values(), *self.compressed}
+        slot_of = self.slot_of | dict(zip(own, self._free(taken), strict=False))
+        return self._plan([*self.live_frames, *own], own, slot_of, [], self.compressed)
+
+    def _compress(self, own: list[int]) -> BlockPlan:
+        """The block arrives at a full window: sink, chosen tokens and recent frames move to the front of the buffer."""
+        sink, others = self._split(self.live_frames)
+        recent = [*others, *own][-self.options.recent_frames :]
+        first = len(sink)
+        chosen = (self.options.budget or 0) - first - len(recent)
+        slots = range(first + chosen, first + chosen + len(recent))
+        slot_of = dict(zip([*sink, *recent], [*range(first), *slots], strict=True))
+        evicted = [frame for frame in others if frame not in recent]
+        compressed = tuple(range(first, first + chosen))
+        plan = self._plan([*sink, *recent], own, slot_of, evicted, compressed)
+        sources = [*(self.slot_of[f] for f in sink), *self.compressed, *(self.slot_of[f] for f in others)]
+        return replace(plan, compressed_from=tuple(sources))
+
+    def _rolls(self, plan: BlockPlan) -> tuple[int | None, int | None]:
+        if not plan.evicted and not plan.compressed_from:
+            return self.first_roll, self.roll
+        first = plan.own[0].frame
+        return (first if self.first_roll is None else self.first_roll), first
+
     def _plan(
-        self, block: int, attended: list[int], own: list[int], slot_of: dict[int, int], evicted: list[int]
+        self,
+        attended: list[int],
+        own: list[int],
+        slot_of: dict[int, int],
+        evicted: list[int],
+        compressed: tuple[int, ...] = (),
     ) -> BlockPlan:
-        positions = POSITIONS[self.options.positions]([frame - self.scene_start for frame in attended])
-        window = tuple(
+        """The plan of a block whose frames are the last of `attended`."""
+        rolling = bool(evicted) or (bool(compressed) and not self.compressed)
+        rolled = None
+        if rolling or self.first_roll is not None:
+            last = own[0] if rolling else self.roll
+            rolled = (last or 0) - (own[0] if self.first_roll is None else self.first_roll)
+        sink = len(self._split(attended)[0])
+        indices = [
+            frame - self.scene_start + self.options.shot_offset * sum(frame >= shot for shot in self.shots)
+            for frame in attended
+        ]
+        view = View(indices, sink, len(compressed), rolled, self.options.first_sink_shift)
+        positions = POSITIONS[self.options.positions](view)
+        seen = [
             WindowSlot(slot_of[frame], frame, position)
             for frame, position in zip(attended, positions, strict=True)
-        )
-        return BlockPlan(block, window, window[len(window) - len(own) :], tuple(evicted))
+        ]
+        tokens = [WindowSlot(slot, -1 - rank, NO_POSITION) for rank, slot in enumerate(compressed)]
+        window = (*seen[:sink], *tokens, *seen[sink:])
+        own_slots = tuple(slot for slot in seen if slot.frame in own)
+        return BlockPlan(self.next_block, window, own_slots, tuple(evicted))

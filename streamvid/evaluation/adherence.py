@@ -30,7 +30,7 @@ from streamvid.world.probe import WINDOW_FRAMES, AttributeProbe
 from streamvid.world.prompts import describe
 from streamvid.world.render import render_clip
 from streamvid.world.sampling import block_start
-from streamvid.world.scene import ATTRIBUTES, Scene, Scenery, change_scene, sample_scene
+from streamvid.world.scene import ATTRIBUTES, Scene, change_scene, sample_scene, sample_scenery
 
 START_BLOCKS, SWITCH_BLOCK, MINUTE_BLOCKS = 7, 7, 81
 WARM_UP_BLOCKS = 3  # decoded and dropped where only the end of a stream is decoded
@@ -100,7 +100,7 @@ def _vae_ceiling(
     frames = block_start(START_BLOCKS)
     right = []
     for scene in scenes:
-        scenery = Scenery.from_uniform(rng.random(len(Scenery.names)))
+        scenery = sample_scenery(rng)
         pixels = to_pixels(render_clip([(0, scene)], scenery, frames))[None].to(pipe.vae.dtype)
         with torch.no_grad():
             latents = encode(pipe.vae, pixels, encoder_state(pipe.vae), None)

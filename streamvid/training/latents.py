@@ -16,12 +16,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from streamvid.decoding import encode, encoder_state
+from streamvid.decoding import channels_last, encode, encoder_state
 from streamvid.errors import UserError
 from streamvid.training.vae_stage import to_pixels
 from streamvid.world.render import render_clip
 from streamvid.world.sampling import BLOCK_FRAMES, block_start, sample_clip
-from streamvid.world.scene import Scenery, change_scene, sample_scene
+from streamvid.world.scene import change_scene, sample_scene, sample_scenery
 
 BLOCKS = 5
 FRAMES_PER_BLOCK = 3
@@ -32,8 +32,7 @@ CLIP_FRAMES = block_start(BLOCKS)  # 57 pixel frames
 class Clips:
     """Encoded clips.
 
-    latents `[N, 15, C, H, W]`; labels `[N, 5, 7]`: the scene of every block; scenery `[N, 6]`: the unnamed variables in
-    [0, 1); late `[N]`: whether blocks 1.. come from later in the stream.
+    latents `[N, 15, C, H, W]`; labels `[N, 5, 7]`: the scene of every block (3 and 1 of first blocks); scenery `[N, 6]`: `Scenery.cells()`; late `[N]`: whether blocks 1.. come from later in the stream.
     """
 
     latents: torch.Tensor
@@ -45,11 +44,16 @@ class Clips:
         return len(self.latents)
 
 
-def load_clips(folder: str | Path) -> Clips:
+CLIPS, FIRST_BLOCKS = "clips", "first"  # kinds of shards: whole clips, and many first blocks for little work
+
+
+def load_clips(folder: str | Path, kind: str = CLIPS) -> Clips:
     """All finished shards of a folder."""
-    parts = [load_file(path) for path in sorted(Path(folder).glob("shard_*.safetensors"))]
+    parts = [load_file(path) for path in sorted(Path(folder).glob(f"{kind}_*.safetensors"))]
     if not parts:
-        raise UserError(f"latents = {str(folder)!r} holds no shards: run the stage of kind latents first")
+        raise UserError(
+            f"latents = {str(folder)!r} holds no shards of {kind}: run the stage of kind latents first"
+        )
     return Clips(
         *(torch.cat([part[name] for part in parts]) for name in ("latents", "labels", "scenery", "late"))
     )
@@ -59,15 +63,18 @@ def encode_shards(
     vae: str | Path,
     output: str | Path,
     shards: int,
+    first_block_shards: int,
     clips_per_shard: int = 100,
     seed: int = 0,
     late_share: float = 0.2,
     processes: int = 1,
 ) -> None:
-    """Render and encode `shards * clips_per_shard` clips; finished shards are kept, so a killed run goes on."""
+    """Render and encode `clips_per_shard` clips per shard; finished shards are kept, so a killed run goes on."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    todo = [index for index in range(shards) if not _shard(output, index).exists()]
+    every = [(CLIPS, index) for index in range(shards)]
+    every += [(FIRST_BLOCKS, index) for index in range(first_block_shards)]
+    todo = [shard for shard in every if not _path(output, *shard).exists()]
     jobs = [
         (str(vae), str(output), todo[rank::processes], clips_per_shard, seed, late_share)
         for rank in range(processes)
@@ -79,19 +86,22 @@ def encode_shards(
         pool.starmap(_encode_some, jobs)
 
 
-def _shard(output: Path, index: int) -> Path:
-    return output / f"shard_{index:04d}.safetensors"
+def _path(output: Path, kind: str, index: int) -> Path:
+    return output / f"{kind}_{index:04d}.safetensors"
 
 
 def _encode_some(
-    vae_path: str, output: str, indices: list[int], count: int, seed: int, late_share: float
+    vae_path: str, output: str, todo: list[tuple[str, int]], count: int, seed: int, late_share: float
 ) -> None:
     torch.set_num_threads(1)
-    vae = AutoencoderKLWan.from_pretrained(vae_path, dtype=torch.bfloat16)
+    vae = channels_last(AutoencoderKLWan.from_pretrained(vae_path, dtype=torch.bfloat16))
     began = time.monotonic()
-    for done, index in enumerate(indices, 1):
-        rng = np.random.default_rng([seed, index])
-        clips = [_late_clip(vae, rng) if rng.random() < late_share else _clip(vae, rng) for _ in range(count)]
+    for done, (kind, index) in enumerate(todo, 1):
+        rng = np.random.default_rng([seed, index, (CLIPS, FIRST_BLOCKS).index(kind)])
+        if kind == FIRST_BLOCKS:
+            clips = [_clip(vae, rng, blocks=1) for _ in range(count)]
+        else:
+            clips = [_late_clip(vae, rng) if rng.random() < late_share else _clip(vae, rng) for _ in range(count)]
         latents, labels, scenery, late = zip(*clips, strict=True)
         tensors = {
             "latents": torch.stack(latents),
@@ -99,33 +109,30 @@ def _encode_some(
             "scenery": torch.tensor(scenery),
             "late": torch.tensor(late),
         }
-        path = _shard(Path(output), index)
+        path = _path(Path(output), kind, index)
         save_file(tensors, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
-        left = (time.monotonic() - began) / done * (len(indices) - done)
-        print(f"shard {index}: {done}/{len(indices)}, {left / 60:.1f} min left", flush=True)
+        left = (time.monotonic() - began) / done * (len(todo) - done)
+        print(f"{path.stem}: {done}/{len(todo)}, {left / 60:.1f} min left", flush=True)
 
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
     latents = encode(vae, to_pixels(frames)[None].to(vae.dtype), encoder_state(vae), None)
-    return latents[0].transpose(0, 1).half()
+    return latents[0].transpose(0, 1).half().contiguous()
 
 
-def _scenery_row(scenery: Scenery) -> list[float]:
-    return [getattr(scenery, name) for name in Scenery.names]
-
-
-def _clip(vae: AutoencoderKLWan, rng: np.random.Generator):
-    shots, scenery = sample_clip(rng, CLIP_FRAMES, switch_probability=0.4)
-    latents = _encode(vae, render_clip(shots, scenery, CLIP_FRAMES))
-    labels = [[s for start, s in shots if start <= block_start(b)][-1].labels() for b in range(BLOCKS)]
-    return latents, labels, _scenery_row(scenery), False
+def _clip(vae: AutoencoderKLWan, rng: np.random.Generator, blocks: int = BLOCKS):
+    frames = block_start(blocks)
+    shots, scenery = sample_clip(rng, frames, switch_probability=0.4)
+    latents = _encode(vae, render_clip(shots, scenery, frames))
+    labels = [[s for start, s in shots if start <= block_start(b)][-1].labels() for b in range(blocks)]
+    return latents, labels, scenery.cells(), False
 
 
 def _late_clip(vae: AutoencoderKLWan, rng: np.random.Generator):
     """Block 0 of a stream, then blocks m .. m + 3; now and then with a switch in between or inside."""
-    scenery = Scenery.from_uniform(rng.random(len(Scenery.names)))
+    scenery = sample_scenery(rng)
     first = int(rng.integers(6, 81))
     scenes = [(0, sample_scene(rng))]
     if rng.random() < 0.5:  # a shot of the past
@@ -142,4 +149,4 @@ def _late_clip(vae: AutoencoderKLWan, rng: np.random.Generator):
     latents = torch.cat([beginning, _encode(vae, frames)[FRAMES_PER_BLOCK:]])
     blocks = [0, *range(first, first + BLOCKS - 1)]
     labels = [[s for block, s in scenes if block <= b][-1].labels() for b in blocks]
-    return latents, labels, _scenery_row(scenery), True
+    return latents, labels, scenery.cells(), True

@@ -19,7 +19,7 @@ class Muon(torch.optim.Muon):
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ):
         self.originals = list(params)
-        flat = [nn.Parameter(p.data.view(p.shape[0], -1)) for p in self.originals]
+        flat = [nn.Parameter(_matrix(p.data, p)) for p in self.originals]
         super().__init__(
             flat, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
@@ -27,13 +27,19 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         for original, flat in zip(self.originals, self.param_groups[0]["params"], strict=True):
-            flat.data = original.data.view(flat.shape)  # distributed wrappers move a parameter's storage
-            flat.grad = None if original.grad is None else original.grad.reshape(flat.shape)
+            flat.data = _matrix(original.data, original)  # distributed wrappers move a parameter's storage
+            flat.grad = None if original.grad is None else _matrix(original.grad, original)
         return super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for original in self.originals:
             original.grad = None
+
+
+def _matrix(tensor: torch.Tensor, like: nn.Parameter) -> torch.Tensor:
+    """`[out, rest]`; columns in the memory order of `like`, so that of `like` itself this is a view."""
+    ordered = tensor if like.ndim == 2 or like.is_contiguous() else tensor.movedim(1, -1)
+    return ordered.reshape(tensor.shape[0], -1)
 
 
 # Inputs and outputs of a network: their rows are not exchangeable features, so AdamW serves them better.

@@ -26,15 +26,16 @@ from streamvid.errors import UserError
 from streamvid.sampler import few_step_block
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.text import encode_prompts
-from streamvid.training.latents import BLOCKS, FRAMES_PER_BLOCK, Clips, load_clips
+from streamvid.training.latents import BLOCKS, FIRST_BLOCKS, FRAMES_PER_BLOCK, Clips, load_clips
 from streamvid.training.trainer import Stage
 from streamvid.training.windows import WindowedAttention, plan_blocks
-from streamvid.transformer import CausalWanTransformer3DModel
+from streamvid.transformer import CausalWanTransformer3DModel, PromptKV
 from streamvid.window import WindowOptions
 from streamvid.world.prompts import describe
-from streamvid.world.scene import ATTRIBUTES, Scene
+from streamvid.world.scene import ATTRIBUTES, SCENERY, Scene
 
 VALIDATION_CLIPS = 64
+SCENERY_CELLS = torch.tensor([len(values) for values in SCENERY.values()])
 
 
 class StudentStage(Stage):
@@ -82,18 +83,26 @@ class StudentStage(Stage):
         self.window = WindowOptions(**window)
         self.plans = plan_blocks(self.window, BLOCKS)
         self.text_encoder = (
-            UMT5EncoderModel.from_pretrained(f"{text}/text_encoder").eval().requires_grad_(False)
+            UMT5EncoderModel.from_pretrained(f"{text}/text_encoder", dtype=torch.float32)
+            .eval()
+            .requires_grad_(False)
         )
         self.tokenizer = AutoTokenizer.from_pretrained(f"{text}/tokenizer")
         self.vae_path = vae
         clips = load_clips(latents)
         held = torch.arange(len(clips)) < VALIDATION_CLIPS
-        needed = VALIDATION_CLIPS + max(batch_size, first_block_batch)
+        needed = VALIDATION_CLIPS + batch_size
         if len(clips) < needed or int((~held & ~clips.late).sum()) < batch_size:
             raise UserError(
                 f"latents = {latents!r} holds {len(clips)} clips and a step needs more: encode at least {needed}"
             )
         self.clips, self.validation_clips = _select(clips, ~held), _select(clips, held)
+        self.first_blocks = load_clips(latents, FIRST_BLOCKS)
+        if len(self.first_blocks) < first_block_batch:
+            raise UserError(
+                f"first_block_batch = {first_block_batch} is more than the {len(self.first_blocks)} first blocks in "
+                f"latents = {latents!r}: lower it or encode more with first_block_shards"
+            )
         self.mean_latents = mean_latents(self.clips)
         self.batch_size, self.first_block_batch = batch_size, first_block_batch
         self.first_block_share, self.rollout_share, self.rollout_from = (
@@ -124,8 +133,9 @@ class StudentStage(Stage):
             count = self.batch_size
         rng = np.random.default_rng([seed, step, 1 + process])
         torch.manual_seed(int(rng.integers(2**62)))
-        pool = np.flatnonzero(~self.clips.late.numpy()) if kind == "rollout" else len(self.clips)
-        return self._prepare(self.clips, torch.from_numpy(rng.choice(pool, count, replace=False)), kind, rng)
+        clips = self.first_blocks if kind == "first block" else self.clips
+        pool = np.flatnonzero(~clips.late.numpy()) if kind == "rollout" else len(clips)
+        return self._prepare(clips, torch.from_numpy(rng.choice(pool, count, replace=False)), kind, rng)
 
     def _prepare(
         self, clips: Clips, index: torch.Tensor, kind: str, rng: np.random.Generator
@@ -145,7 +155,7 @@ class StudentStage(Stage):
         return {
             "kind": kind,
             "latents": latents[:, :, : blocks * FRAMES_PER_BLOCK],
-            "scenery": clips.scenery[index],
+            "scenery": (clips.scenery[index] + torch.rand(len(index), len(SCENERY))) / SCENERY_CELLS,
             "text": self._encode(prompts).unflatten(0, (len(index), blocks)),
             "recached": self._recached_text(labels, rng) if kind == "teacher forcing" else None,
             "weight": weight,
@@ -202,11 +212,15 @@ class StudentStage(Stage):
         batch, streams, _, frames, *_ = noisy_BSCFHW.shape
         sequences = noisy_BSCFHW.transpose(1, 2).flatten(2, 3)  # B C (S F) H W
         timestep = 1000 * sigma_BSF.flatten(1)
-        text = text_BNLD.repeat(1, streams, 1, 1)
+        said = self.transformer.prompt_kv(text_BNLD)  # once, for all streams
+        told = (
+            said if recached is None else self.transformer.prompt_kv(self._context_text(text_BNLD, recached))
+        )
+        parts = [said] * streams
         if context is not None:
             sequences = torch.cat([context, sequences], 2)
             timestep = torch.cat([torch.zeros(batch, frames), timestep], 1)
-            text = torch.cat([self._context_text(text_BNLD, recached), text], 1)
+            parts = [told, *parts]
         blocks = frames // FRAMES_PER_BLOCK
         attention = WindowedAttention(
             self.plans[:blocks],
@@ -215,14 +229,14 @@ class StudentStage(Stage):
             self.transformer.config.attention_head_dim,
             has_clean=context is not None,
         )
-        output = self.transformer(sequences, timestep, text, context=attention, return_dict=False)[0]
+        output = self.transformer(
+            sequences, timestep, prompt_kv=_beside(parts, batch), context=attention, return_dict=False
+        )[0]
         output = output[:, :, frames if context is not None else 0 :]
         return output.unflatten(2, (streams, frames)).transpose(1, 2)
 
-    def _context_text(self, text_BNLD: torch.Tensor, recached: torch.Tensor | None) -> torch.Tensor:
+    def _context_text(self, text_BNLD: torch.Tensor, recached: torch.Tensor) -> torch.Tensor:
         """Text of the clean stream: after a recache the window's blocks, not the sink, carry the new prompt."""
-        if recached is None:
-            return text_BNLD
         text = text_BNLD.clone()
         for row, first in enumerate(recached.tolist()):
             if first < BLOCKS:
@@ -352,7 +366,7 @@ def initialise(transformer: CausalWanTransformer3DModel) -> None:
 
 def couple_noise(noise_BSCFHW: torch.Tensor, scenery_BK: torch.Tensor, only: torch.Tensor) -> torch.Tensor:
     """Tie unnamed scenery to the initial noise: where `only` `[B, S]`, the projection of the noise on direction k becomes
-    the Gaussian quantile of variable k.
+    the Gaussian quantile of variable k in [0, 1) (each of its places is an interval).
 
     Direction k is constant over the first 4 x 4 latents of channel k in the first frame. For uniform scenery the noise stays
     exactly standard normal; a sampler simply draws noise, and every draw names one scenery (the idea of noise-data
@@ -366,6 +380,16 @@ def couple_noise(noise_BSCFHW: torch.Tensor, scenery_BK: torch.Tensor, only: tor
     wanted = torch.where(only[:, :, None], quantile[:, None], projection[..., 0, 0])[..., None, None]
     noise[:, :, :count, 0, :4, :4] = patch + (wanted - projection) / 4
     return noise
+
+
+def _beside(parts: list[PromptKV], batch: int) -> PromptKV:
+    """Keys and values of several streams of the same clips, one after the other along the frame axis."""
+
+    def join(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat([tensor.unflatten(0, (batch, -1)) for tensor in tensors], 1).flatten(0, 1)
+
+    keys, values = ([join(layer) for layer in zip(*kind, strict=True)] for kind in zip(*parts, strict=True))
+    return PromptKV(keys, values)
 
 
 def _backdrop(labels: torch.Tensor) -> torch.Tensor:

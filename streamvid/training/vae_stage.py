@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from streamvid.decoding import decode, decoder_state, encode, encode_moments, encoder_state
+from streamvid.decoding import channels_last, decode, decoder_state, encode, encode_moments, encoder_state
 from streamvid.training.trainer import Stage
 from streamvid.world.render import render_clip
 from streamvid.world.sampling import sample_clip
@@ -54,6 +54,7 @@ class VaeStage(Stage):
             initialise(self.vae)
         else:
             self.vae = AutoencoderKLWan.from_pretrained(start_from)
+        channels_last(self.vae)
         self.frames, self.crop, self.batch_size = frames, crop, batch_size
         self.latent_noise, self.size_weight, self.freeze_encoder = latent_noise, size_weight, freeze_encoder
         if freeze_encoder:
@@ -74,7 +75,7 @@ class VaeStage(Stage):
         return to_pixels(frames[:, top : top + self.crop, left : left + self.crop])
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        pixels = batch["pixels"]
+        pixels = batch["pixels"].contiguous(memory_format=torch.channels_last_3d)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             moments = encode_moments(self.vae, pixels, encoder_state(self.vae), None).float()
         mean, _ = moments.chunk(2, dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamvid.world.scene import Scene, Scenery, change_scene, sample_scene
+from streamvid.world.scene import Scene, Scenery, change_scene, sample_scene, sample_scenery
 
 # A stream's block b > 0 of three latent frames starts at pixel frame 12 b - 3.
 BLOCK_FRAMES = 12
@@ -19,7 +19,7 @@ def sample_clip(
     rng: np.random.Generator, num_frames: int, held_out: bool = False, switch_probability: float = 0.35
 ) -> tuple[list[tuple[int, Scene]], Scenery]:
     """Shots `[(start pixel frame, scene), ...]` and scenery of one clip; a change falls on a block border."""
-    scenery = Scenery.from_uniform(rng.random(len(Scenery.names)))
+    scenery = sample_scenery(rng)
     scene = sample_scene(rng, held_out=held_out)
     shots = [(0, scene)]
     blocks = (num_frames + 3) // BLOCK_FRAMES

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,9 +47,21 @@ class Scene:
         return cls(*(values[int(label)] for values, label in zip(ATTRIBUTES.values(), labels, strict=True)))
 
 
+# The places that scenery takes. Neighbouring values lie 32 px apart on the screen, one token of the embedded model, so that it
+# has to learn each picture once and not at every shift.
+SCENERY: dict[str, tuple[float, ...]] = {
+    "subject_x": (0.1, 0.9),
+    "hills": tuple(k / 8 for k in range(8)),
+    "ground_phase": (0.0, 1 / 3, 2 / 3),
+    "sun_x": (0.0, 1 / 3, 2 / 3),
+    "clouds": tuple(k / 8 for k in range(8)),
+    "phase": (0.0, 0.5),
+}
+
+
 @dataclass(frozen=True)
 class Scenery:
-    """The variables that no prompt names, each in [0, 1)."""
+    """The variables that no prompt names, each in [0, 1); worlds use the values of SCENERY, the renderer takes any."""
 
     subject_x: float  # where the subject stands: 0 is 44 px from the left, 1 is 84 px (of 128)
     hills: float  # which stretch of the endless hills is seen (wraps around)
@@ -59,22 +70,19 @@ class Scenery:
     clouds: float  # where the clouds are (wraps around)
     phase: float  # how far into its motion the subject is at frame 0, in blocks of 12 frames
 
-    names: ClassVar[tuple[str, ...]]
-
     def __post_init__(self) -> None:
-        for name in type(self).names:
+        for name in SCENERY:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
 
+    def cells(self) -> tuple[int, ...]:
+        """Index of every variable's value in SCENERY, in its order."""
+        return tuple(values.index(getattr(self, name)) for name, values in SCENERY.items())
+
     @classmethod
-    def from_uniform(cls, uniform: Sequence[float] | np.ndarray) -> Scenery:
-        """Scenery from one number in [0, 1) per name, in the order of `names`."""
-        if len(uniform) != len(cls.names):
-            raise ValueError(f"scenery has {len(cls.names)} variables, not {len(uniform)}")
-        return cls(*(float(value) for value in uniform))
-
-
-Scenery.names = tuple(field.name for field in fields(Scenery))
+    def from_cells(cls, cells: Sequence[int]) -> Scenery:
+        """The scenery whose cells() are these."""
+        return cls(*(values[int(cell)] for values, cell in zip(SCENERY.values(), cells, strict=True)))
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -98,7 +106,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool | None = False) -> Sce
 
 def sample_scenery(rng: np.random.Generator) -> Scenery:
     """Uniformly drawn scenery."""
-    return Scenery.from_uniform(rng.random(len(Scenery.names)))
+    return Scenery.from_cells([int(rng.integers(len(values))) for values in SCENERY.values()])
 
 
 def change_scene(

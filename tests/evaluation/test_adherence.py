@@ -171,12 +171,13 @@ def test_accuracies_have_a_closed_form():
 
 
 def test_the_ceiling_sends_renders_through_the_vae(monkeypatch):
-    scenes = []
+    scenes, places = [], set()
 
     def render(shots, scenery, frames):
         ((start, scene),) = shots
         assert start == 0 and frames == 81
         scenes.append(scene)
+        places.add(scenery.cells())
         return np.array(scene.labels(), np.uint8)[None, :, None, None].repeat(frames, 0).repeat(3, 3)
 
     def encode(vae, pixels, state, frames_per_call):
@@ -191,6 +192,7 @@ def test_the_ceiling_sends_renders_through_the_vae(monkeypatch):
     row = run(parts=("vae",))["vae"]
     assert (row["mean"], row["psnr"], row["psnr_last"]) == (1.0, 30.0, 28.0)
     assert len(scenes) == 12 and all(map(is_held_out, scenes))
+    assert len(places) == 12  # of 2304, drawn anew for every clip
 
 
 def test_the_command_writes_numbers_and_prints_a_table(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Clips encoded once: their layout, late ones too, and that a killed run goes on."""
+"""Clips encoded once: their layout, late ones and first blocks too, and that a killed run goes on."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from streamvid.errors import UserError
 from streamvid.training import latents
-from streamvid.training.latents import BLOCKS, CLIP_FRAMES, encode_shards, load_clips
+from streamvid.training.latents import BLOCKS, CLIP_FRAMES, FIRST_BLOCKS, encode_shards, load_clips
 from streamvid.world.render import render_clip
 from streamvid.world.sampling import block_start
 from streamvid.world.scene import Scene, Scenery
@@ -29,11 +29,14 @@ def vae(vae_folder) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.bfloat16)
 
 
+OPTIONS = {"shards": 2, "first_block_shards": 1, "clips_per_shard": 2, "late_share": 0.5, "seed": 1}
+
+
 @pytest.fixture(scope="module")
 def shards(vae_folder, tmp_path_factory):
-    """Two shards of two clips, half of them late."""
+    """Two shards of two clips, half of them late, and one of two first blocks."""
     folder = tmp_path_factory.mktemp("latents")
-    encode_shards(vae_folder, folder, shards=2, clips_per_shard=2, late_share=0.5, seed=1)
+    encode_shards(vae_folder, folder, **OPTIONS)
     return folder
 
 
@@ -43,9 +46,17 @@ def test_a_shard_holds_clips(shards):
     assert clips.latents.dtype == torch.float16 and clips.latents.isfinite().all()
     assert clips.labels.shape == (4, 5, 7) and clips.scenery.shape == (4, 6)
     assert clips.late.dtype == torch.bool and 0 < clips.late.sum() < 4
-    for labels, scenery in zip(clips.labels.flatten(0, 1).tolist(), clips.scenery.tolist(), strict=False):
-        Scene.from_labels(labels)
-        Scenery.from_uniform(scenery)
+    for labels, scenery in zip(clips.labels.tolist(), clips.scenery.tolist(), strict=True):
+        assert [list(Scene.from_labels(scene).labels()) for scene in labels] == labels
+        assert list(Scenery.from_cells(scenery).cells()) == scenery
+
+
+def test_a_shard_of_first_blocks_holds_first_blocks(shards):
+    first = load_clips(shards, FIRST_BLOCKS)
+    assert len(first) == 2 and first.latents.shape == (2, 3, 16, 16, 16)
+    assert first.latents.dtype == torch.float16 and first.latents.isfinite().all()
+    assert first.labels.shape == (2, 1, 7) and first.scenery.shape == (2, 6)
+    assert not first.scenery.is_floating_point() and not first.late.any()
 
 
 class Spy:
@@ -72,7 +83,18 @@ def test_a_clip_is_the_render_of_its_labels(seed, vae, monkeypatch):
     assert (frames, first, late) == (CLIP_FRAMES, 0, False)
     assert torch.equal(encoded, latents._encode(vae, render_clip(shots, drawn, CLIP_FRAMES)))
     assert labels == [scene_of(shots, block).labels() for block in range(BLOCKS)]
-    assert Scenery.from_uniform(scenery) == drawn
+    assert Scenery.from_cells(scenery) == drawn
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_first_block_is_the_beginning_of_a_render(seed, vae, monkeypatch):
+    spy = Spy(monkeypatch)
+    encoded, labels, scenery, late = latents._clip(vae, np.random.default_rng(seed), blocks=1)
+    ((shots, drawn, frames, first),) = spy.calls
+    assert (frames, first, late, len(shots)) == (block_start(1), 0, False, 1)
+    whole = render_clip(shots, drawn, CLIP_FRAMES)
+    assert torch.equal(encoded, latents._encode(vae, whole[: block_start(1)])) and len(encoded) == 3
+    assert labels == [shots[0][1].labels()] and Scenery.from_cells(scenery) == drawn
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -80,7 +102,7 @@ def test_a_late_clip_is_a_beginning_and_four_blocks_of_later(seed, vae, monkeypa
     spy = Spy(monkeypatch)
     encoded, labels, scenery, late = latents._late_clip(vae, np.random.default_rng(seed))
     (shots, drawn, frames, start), (first_shots, same, first_frames, zero) = spy.calls
-    assert late and same == drawn and Scenery.from_uniform(scenery) == drawn
+    assert late and same == drawn and Scenery.from_cells(scenery) == drawn
     # block 0 is the encoding of the stream's beginning
     assert (first_shots, first_frames, zero) == (shots[:1], block_start(1), 0)
     assert torch.equal(encoded[:3], latents._encode(vae, render_clip(shots[:1], drawn, 9)))
@@ -110,20 +132,24 @@ def test_late_clips_switch_in_the_past_or_where_it_is_seen(monkeypatch):
 
 
 def test_finished_shards_are_not_encoded_again(shards, vae_folder, monkeypatch):
-    options = {"shards": 2, "clips_per_shard": 2, "late_share": 0.5, "seed": 1}
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    names = ["clips_0000", "clips_0001", "first_0000"]
+    assert sorted(before) == [f"{name}.safetensors" for name in names]
     real = latents._encode
 
     def never(*_):
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(latents, "_encode", never)
-    encode_shards(vae_folder, shards, **options)
+    encode_shards(vae_folder, shards, **OPTIONS)
     monkeypatch.setattr(latents, "_encode", real)
-    (shards / "shard_0001.safetensors").unlink()
-    (shards / "shard_0001.tmp").write_bytes(b"killed while it was written")
+    for name in names[1:]:
+        (shards / f"{name}.safetensors").unlink()
+        (shards / f"{name}.tmp").write_bytes(b"killed while it was written")
     assert len(load_clips(shards)) == 2
-    encode_shards(vae_folder, shards, **options)
+    with pytest.raises(UserError):
+        load_clips(shards, FIRST_BLOCKS)
+    encode_shards(vae_folder, shards, **OPTIONS)
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
 
 
@@ -147,10 +173,11 @@ def test_processes_share_the_shards(shards, vae_folder, tmp_path, monkeypatch):
                 function(*job)
 
     monkeypatch.setattr(latents, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
-    encode_shards(vae_folder, tmp_path, 2, 2, seed=1, late_share=0.5, processes=2)
-    assert made == [[0], [1]]
-    for name in ("shard_0000.safetensors", "shard_0001.safetensors"):
-        one, other = load_file(shards / name), load_file(tmp_path / name)
+    encode_shards(vae_folder, tmp_path, **OPTIONS, processes=2)
+    assert made == [[("clips", 0), ("first", 0)], [("clips", 1)]]
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in shards.iterdir()}
+    for path in shards.iterdir():
+        one, other = load_file(path), load_file(tmp_path / path.name)
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -158,17 +185,31 @@ def test_options_have_an_effect(vae_folder, tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
 
     def clips(name, **options):
-        encode_shards(vae_folder, tmp_path / name, **{"shards": 1, "clips_per_shard": 20, **options})
+        plain = {"shards": 1, "first_block_shards": 1, "clips_per_shard": 20}
+        encode_shards(vae_folder, tmp_path / name, **{**plain, **options})
         return load_clips(tmp_path / name)
+
+    def first_blocks(name):
+        return load_clips(tmp_path / name, FIRST_BLOCKS)
 
     plain = clips("plain")
     assert len(plain) == 20 and len(clips("more", shards=2, clips_per_shard=3)) == 6
     assert not torch.equal(plain.labels, clips("seed", seed=5).labels)
+    assert len(first_blocks("plain")) == 20 and len(first_blocks("more")) == 3
+    assert len(clips("first", first_block_shards=3)) == 20 and len(first_blocks("first")) == 60
+    assert torch.equal(first_blocks("first").labels[:20], first_blocks("plain").labels)
+    assert not torch.equal(first_blocks("seed").labels, first_blocks("plain").labels)
+    distinct = {tuple(row) for row in first_blocks("first").labels.flatten(1).tolist()}
+    assert len(distinct) > 55  # every shard draws anew
     assert clips("none", late_share=0.0).late.sum() == 0
     assert clips("all", late_share=1.0).late.all()
     assert 0 < plain.late.sum() < 12
 
 
-def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"latents = '.*' holds no shards: run the stage of kind latents"):
-        load_clips(tmp_path)
+@pytest.mark.parametrize("kind", ["clips", "first"])
+def test_a_folder_without_shards_of_a_kind_is_refused(kind, tmp_path, vae_folder, monkeypatch):
+    draw_nothing(monkeypatch)
+    encode_shards(vae_folder, tmp_path, shards=int(kind != "clips"), first_block_shards=int(kind != "first"))
+    assert len(load_clips(tmp_path, {"clips": "first", "first": "clips"}[kind])) == 100
+    with pytest.raises(UserError, match=rf"latents = '.*' holds no shards of {kind}: run the stage of kind"):
+        load_clips(tmp_path, kind)

@@ -1,5 +1,6 @@
 """Muon on parameters that move, and its state; what it computes is in test_trainer.py."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -31,6 +32,35 @@ def test_muon_takes_gradients_of_any_layout():
     for weight in (contiguous, strided):
         Muon([weight], lr=0.1).step()
     assert torch.equal(contiguous, strided)
+
+
+SHAPES = [((6, 4, 3, 3), torch.channels_last), ((8, 5, 2, 3, 3), torch.channels_last_3d)]
+
+
+@pytest.mark.parametrize(("shape", "layout"), SHAPES, ids=["2d", "3d"])
+def test_muon_updates_channels_last_weights_like_contiguous_ones(shape, layout):
+    """Orthogonalisation does not depend on the order of a matrix' columns: up to rounding (in bfloat16), and bit for bit
+    it is the update of the matrix with channels as its last columns, in the weight's own memory."""
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    plain, last = (nn.Parameter(start.clone(memory_format=f)) for f in (torch.contiguous_format, layout))
+    matrix = nn.Parameter(start.movedim(1, -1).flatten(1).clone())
+    ours = [Muon([weight], lr=0.1, weight_decay=0.05) for weight in (plain, last)]
+    theirs = torch.optim.Muon(
+        [matrix], lr=0.1, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    memory = last.data_ptr()
+    for number in range(3):
+        gradient = torch.randn(shape)
+        plain.grad = gradient
+        # a network gives gradients of the weight's layout, a distributed wrapper may give others
+        last.grad = gradient.clone(memory_format=layout if number else torch.contiguous_format)
+        matrix.grad = gradient.movedim(1, -1).flatten(1)
+        for optimizer in (*ours, theirs):
+            optimizer.step()
+        assert torch.equal(last.detach().movedim(1, -1).flatten(1), matrix.detach())
+        assert (last - plain).norm() < 0.02 * (plain - start).norm()
+    assert last.is_contiguous(memory_format=layout) and last.data_ptr() == memory
 
 
 def test_optimizers_go_on_from_their_saved_state():

@@ -161,7 +161,9 @@ def test_jobs_get_the_processes_of_the_command(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("streamvid.training.latents.encode_shards", lambda **options: calls.append(options))
     path = tmp_path / "latents.yaml"
-    path.write_text("kind: latents\nstage: {vae: v, output: o, shards: 2, processes: 3}\n")
+    path.write_text(
+        "kind: latents\nstage: {vae: v, output: o, shards: 2, first_block_shards: 1, processes: 3}\n"
+    )
     run.train(path)
     run.train(path, ["stage.seed=5"], processes=2)
     assert [call["processes"] for call in calls] == [3, 2] and calls[1]["seed"] == 5
@@ -217,7 +219,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch, capfd
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= states  # every process wrote its part
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     path = config_file(tmp_path, steps=80, checkpoint_every=8, ema=0.9)
     dropout = ["stage.encoder.dropout_rate=0.2"]  # random numbers within a step
     process = subprocess.Popen(
@@ -235,7 +237,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "model").exists()
 
-    assert main(["train", path, *dropout]) == 0  # goes on
+    steps, batch = [], TextStage.batch
+    monkeypatch.setattr(
+        TextStage, "batch", lambda self, *place: steps.append(place[1]) or batch(self, *place)
+    )
+    assert main(["train", path, *dropout]) == 0
+    assert steps == list(range(steps[0], 80)) and steps[0] >= 8 and steps[0] % 8 == 0  # it goes on
     assert main(["train", path, *dropout, f"trainer.output={tmp_path / 'whole'}"]) == 0
     resumed, whole = exported(tmp_path / "run"), exported(tmp_path / "whole")
     for name, value in whole.items():

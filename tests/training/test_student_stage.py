@@ -1,6 +1,9 @@
 """Training of the causal student: batches, losses, noise couplings, and rollouts that are streams."""
 
+import re
+import shutil
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +20,17 @@ from streamvid.schedule import FewStepFlowScheduler
 from streamvid.training import student_stage
 from streamvid.training.latents import BLOCKS, Clips
 from streamvid.training.student_stage import (
+    SCENERY_CELLS,
     VALIDATION_CLIPS,
     StudentStage,
+    _beside,
     couple_noise,
     mean_latents,
     subject_weight,
 )
 from streamvid.training.text_stage import build_tokenizer
-from streamvid.transformer import CausalWanTransformer3DModel
-from streamvid.world.scene import ATTRIBUTES, change_scene, sample_scene
+from streamvid.transformer import CausalWanTransformer3DModel, PromptKV
+from streamvid.world.scene import ATTRIBUTES, change_scene, sample_scene, sample_scenery
 
 TRANSFORMER = {
     "num_attention_heads": 2,
@@ -38,12 +43,12 @@ TRANSFORMER = {
 }
 SCHEDULER = {"shift": 3.0, "denoising_steps": [1000, 500], "prediction_type": "sample"}
 WINDOW = {"frames_per_block": 3, "window": 12, "sink": 3, "positions": "cache_relative"}
-CLIPS = VALIDATION_CLIPS + 40
+CLIPS, FIRST_BLOCKS = VALIDATION_CLIPS + 40, 13
 
 
-def synthetic_clips(count: int = CLIPS) -> dict[str, torch.Tensor]:
+def synthetic_clips(count: int = CLIPS, seed: int = 0) -> dict[str, torch.Tensor]:
     """Clips whose latents follow from their labels; every third is late, every second switches at a block."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     colours = torch.from_numpy(rng.standard_normal((8, 16)))
     labels, late = [], []
     for index in range(count):
@@ -51,7 +56,7 @@ def synthetic_clips(count: int = CLIPS) -> dict[str, torch.Tensor]:
         other = change_scene(rng, scene, 2) if index % 2 else scene
         switch = int(rng.integers(1, BLOCKS))
         labels.append([(other if block >= switch else scene).labels() for block in range(BLOCKS)])
-        late.append(index % 3 == 2)
+        late.append((index - VALIDATION_CLIPS) % 3 == 2)
     labels = torch.tensor(labels)
     place = list(ATTRIBUTES).index("colour")
     picture = colours[labels[..., place]].repeat_interleave(3, 1)[..., None, None]  # N 15 C 1 1
@@ -59,9 +64,19 @@ def synthetic_clips(count: int = CLIPS) -> dict[str, torch.Tensor]:
     return {
         "latents": (picture + 0.3 * noise).half(),
         "labels": labels,
-        "scenery": torch.from_numpy(rng.random((count, 6))).float(),
+        "scenery": torch.tensor([sample_scenery(rng).cells() for _ in range(count)]),
         "late": torch.tensor(late),
     }
+
+
+def synthetic_first_blocks(count: int = FIRST_BLOCKS) -> dict[str, torch.Tensor]:
+    """The beginnings of other clips."""
+    clips = synthetic_clips(count, seed=1)
+    beginnings = {
+        "latents": clips["latents"][:, :3].contiguous(),
+        "labels": clips["labels"][:, :1].contiguous(),
+    }
+    return {**clips, **beginnings, "late": torch.zeros(count, dtype=torch.bool)}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +84,8 @@ def folders(tmp_path_factory) -> dict[str, str]:
     """Clips, a text encoder with its tokenizer and a VAE."""
     root = tmp_path_factory.mktemp("student")
     (root / "latents").mkdir()
-    save_file(synthetic_clips(), root / "latents" / "shard_0000.safetensors")
+    save_file(synthetic_clips(), root / "latents" / "clips_0000.safetensors")
+    save_file(synthetic_first_blocks(), root / "latents" / "first_0000.safetensors")
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     config = UMT5Config(
@@ -98,7 +114,7 @@ def wake(made: StudentStage) -> StudentStage:
 
 
 def prepared(made: StudentStage, kind: str, index=(0, 1, 3, 4), seed: int = 0):
-    """A batch of chosen clips (2, 5, 8, ... are late; odd ones switch)."""
+    """A batch of chosen clips: 2, 5, 8, ... are late, odd ones switch."""
     return made._prepare(made.clips, torch.as_tensor(list(index)), kind, np.random.default_rng(seed))
 
 
@@ -135,16 +151,46 @@ def test_shares_of_the_kinds_of_steps(stage):
 
 def test_sizes_and_clips_of_the_kinds_of_steps(stage):
     made = stage(batch_size=5, first_block_batch=7, rollout_from=0)
-    made._prepare = lambda clips, index, kind, rng: {"kind": kind, "index": index}
+    made._prepare = lambda clips, index, kind, rng: {"kind": kind, "index": index, "clips": clips}
     drawn = {kind: set() for kind in KINDS}
     for step in range(200):
         batch = made.batch(0, step, 0)
         index = batch["index"].tolist()
-        assert len(set(index)) == (7 if batch["kind"] == "first block" else 5)
+        first = batch["kind"] == "first block"
+        assert len(set(index)) == (7 if first else 5)
+        assert batch["clips"] is (made.first_blocks if first else made.clips)
         drawn[batch["kind"]].update(index)
     late = set(torch.nonzero(made.clips.late)[:, 0].tolist())
-    assert drawn["rollout"].isdisjoint(late)  # a rollout needs the whole story
-    assert drawn["teacher forcing"] >= late and drawn["first block"] >= late
+    assert drawn["rollout"] == set(range(40)) - late  # a rollout needs the whole story
+    assert drawn["teacher forcing"] == set(range(40)) and drawn["first block"] == set(range(FIRST_BLOCKS))
+
+
+def test_first_block_steps_learn_the_shards_of_first_blocks(stage):
+    made, stored = stage(first_block_share=1.0, first_block_batch=FIRST_BLOCKS), synthetic_first_blocks()
+    batch = made.batch(0, 0, 0)
+    expected = {
+        row.numpy().tobytes(): place for row, place in zip(stored["latents"], stored["scenery"], strict=True)
+    }
+    for latents, scenery in zip(batch["latents"], batch["scenery"], strict=True):
+        cells = expected.pop(latents.transpose(0, 1).half().contiguous().numpy().tobytes())
+        assert torch.equal((scenery * SCENERY_CELLS).floor().long(), cells)
+    assert not expected  # all of them, once
+    loss, metrics = made(batch)
+    assert loss > 0 and list(metrics) == ["error_first_block"]
+
+
+def test_scenery_of_a_batch_is_anywhere_in_its_places(stage):
+    """A place on the grid is an interval of [0, 1): quantiles of uniform places are then standard normal."""
+    made = stage()
+    torch.manual_seed(0)
+    batches = torch.stack([prepared(made, "first block", range(40))["scenery"] for _ in range(5)])
+    assert SCENERY_CELLS.tolist() == [2, 8, 3, 3, 8, 2]
+    inside = batches * SCENERY_CELLS - made.clips.scenery  # 5 40 6
+    assert inside.min() >= 0 and inside.max() <= 1
+    count = inside[..., 0].numel()
+    assert (inside.flatten(0, 1).mean(0) - 0.5).abs().max() < 4 / (12 * count) ** 0.5
+    assert (inside.flatten(0, 1).square().mean(0) - 1 / 3).abs().max() < 4 * (4 / 45 / count) ** 0.5
+    assert all(len(batches[:, clip, 0].unique()) == 5 for clip in range(40))
 
 
 def test_validation_clips_are_not_trained_on(stage):
@@ -155,10 +201,30 @@ def test_validation_clips_are_not_trained_on(stage):
     assert torch.equal(made.clips.late, whole["late"][VALIDATION_CLIPS:])
 
 
-@pytest.mark.parametrize("options", [{"first_block_batch": 41}, {"batch_size": 28}])
-def test_too_few_clips_are_refused(options, stage):
-    with pytest.raises(UserError, match=r"holds 104 clips and a step needs more: encode at least"):
-        stage(**options)
+def test_too_few_clips_are_refused(stage):
+    assert stage(batch_size=27, first_block_batch=FIRST_BLOCKS).batch_size == 27  # of 40, 13 are late
+    for size in (28, 41):
+        with pytest.raises(UserError, match=r"holds 104 clips and a step needs more: encode at least"):
+            stage(batch_size=size)
+    with pytest.raises(UserError) as failure:
+        stage(first_block_batch=FIRST_BLOCKS + 1)
+    assert re.fullmatch(
+        r"first_block_batch = 14 is more than the 13 first blocks in latents = '\S+': "
+        r"lower it or encode more with first_block_shards",
+        str(failure.value),
+    )
+
+
+def test_shards_of_both_kinds_are_needed(stage, folders, tmp_path):
+    for kind, other in (("first", "clips"), ("clips", "first")):
+        (tmp_path / kind).mkdir()
+        shutil.copy(Path(folders["latents"]) / f"{other}_0000.safetensors", tmp_path / kind)
+        with pytest.raises(UserError) as failure:
+            stage(latents=str(tmp_path / kind))
+        assert re.fullmatch(
+            rf"latents = '\S+' holds no shards of {kind}: run the stage of kind latents first",
+            str(failure.value),
+        )
 
 
 def test_every_block_has_the_text_of_its_scene(stage):
@@ -223,10 +289,10 @@ def test_late_clips_count_where_the_window_is_true(stage):
     made = stage()
     index = torch.tensor([0, 2, 4, 5])
     batch, late = prepared(made, "teacher forcing", index), made.clips.late[index]
-    assert late.tolist() == made.clips.late[:6][index].tolist() and 0 < late.sum() < 4
+    assert late.tolist() == [False, True, False, True]
     counted = batch["weight"].amax((2, 3)) > 0
     assert counted[~late].all()
-    assert counted[late].tolist() == [[True] * 3 + [False] * 6 + [True] * 6] * int(late.sum())
+    assert counted[late].tolist() == [[True] * 3 + [False] * 6 + [True] * 6] * 2
     # what is not counted does not reach the loss
     made._predict = lambda context, noisy, *_: torch.zeros_like(noisy)
     batch["recached"] = None
@@ -237,6 +303,20 @@ def test_late_clips_count_where_the_window_is_true(stage):
         torch.manual_seed(0)
         losses.append(made(batch)[0].item())
     assert losses[0] == losses[1]
+
+
+def test_the_loss_has_a_closed_form(stage):
+    """Squared error, times 1 / (sigma^2 + 0.05), times the subject's weight."""
+    made = stage()
+    batch = {**prepared(made, "teacher forcing"), "recached": None}
+    batch["latents"] = torch.ones_like(batch["latents"])
+    sigma = torch.rand(4, 2, 15)
+    made._noisy = lambda latents, streams, scenery: (torch.zeros(4, streams, 16, 15, 4, 4), sigma)
+    made._predict = lambda context, noisy, *_: noisy - 1  # an error of 4 everywhere
+    expected = (4 / (sigma**2 + 0.05) * batch["weight"].mean((2, 3))[:, None]).mean()
+    loss, metrics = made(batch)
+    torch.testing.assert_close(loss, expected)
+    assert metrics["error_teacher_forcing"] == 4
 
 
 def test_first_block_steps_see_the_first_block_only(stage):
@@ -279,11 +359,44 @@ def test_after_a_recache_old_blocks_are_told_the_new_prompt_and_not_counted(stag
     assert losses[0] == losses[1]
 
 
+def assert_same_keys(one: PromptKV, other: PromptKV) -> None:
+    for ours, theirs in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, BLOCKS])
+def test_keys_beside_each_other_are_those_of_texts_beside_each_other(groups):
+    model, batch = tiny.transformer(**TRANSFORMER).requires_grad_(False), 3
+    texts = tiny.normal(0, 3, batch, groups, 40, 16)
+    parts = [model.prompt_kv(text) for text in texts]
+    joined = _beside([parts[0], parts[1], parts[1], parts[2]], batch)
+    assert len(joined.keys) == len(joined.values) == TRANSFORMER["num_layers"]
+    assert_same_keys(joined, model.prompt_kv(torch.cat([texts[0], texts[1], texts[1], texts[2]], 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stream_hears_the_prompts_and_the_context_what_it_was_told(kind, stage, monkeypatch):
+    made, seen = wake(stage()), []
+    blocks = 1 if kind == "first block" else BLOCKS
+    text, noisy = tiny.normal(0, 3, blocks, 40, 16), tiny.normal(1, 3, 2, 16, 3 * blocks, 4, 4)
+    context = None if kind == "first block" else noisy[:, 0]
+    recached = torch.tensor([2, BLOCKS, 4]) if kind == "teacher forcing" else None
+    forward = made.transformer.forward
+    monkeypatch.setattr(
+        made.transformer, "forward", lambda *a, **options: seen.append(options) or forward(*a, **options)
+    )
+    with torch.no_grad():
+        made._predict(context, noisy, torch.ones(3, 2, 3 * blocks), text, recached)
+        told = text if recached is None else made._context_text(text, recached)
+        heard = torch.cat([text, text] if context is None else [told, text, text], 1)
+        assert_same_keys(seen[0]["prompt_kv"], made.transformer.prompt_kv(heard))
+
+
 def test_noise_levels_are_those_of_the_sampler_and_some_between(stage):
     made = stage()
     torch.manual_seed(0)
-    clean = torch.zeros(200, 16, 15, 4, 4)
-    noisy, sigma = made._noisy(clean, 2, torch.rand(200, 6))
+    clean, scenery = torch.zeros(200, 16, 15, 4, 4), torch.rand(200, 6)
+    noisy, sigma = made._noisy(clean, 2, scenery)
     assert noisy.shape == (200, 2, 16, 15, 4, 4) and sigma.shape == (200, 2, 15)
     per_block = sigma.unflatten(2, (BLOCKS, 3))
     assert (per_block == per_block[..., :1]).all()  # one level per block
@@ -293,6 +406,11 @@ def test_noise_levels_are_those_of_the_sampler_and_some_between(stage):
     spread = noisy.transpose(2, 3).flatten(3).std(-1)  # of clean latents 0: sigma itself
     torch.testing.assert_close(spread, sigma, atol=0.2, rtol=0)
     assert spread.mean() == pytest.approx(sigma.mean().item(), rel=0.01)
+    # where the first block is pure noise, and only there, its noise names the scenery
+    quantile = torch.special.ndtri(scenery.clamp(1e-4, 1 - 1e-4))[:, None]
+    first = sigma[:, :, 0]
+    coupled = (projections(noisy) - first[..., None] * quantile).abs().amax(-1) < 1e-4
+    assert torch.equal(coupled, first == 1.0) and 0 < coupled.sum() < coupled.numel()
 
 
 def test_context_noise_is_in_half_of_the_clips_up_to_its_limit(stage):

@@ -20,10 +20,12 @@ class Killed(BaseException):
 class Fit(Stage):
     """Fits noise with a convolution (Muon's) and a bias (AdamW's). May be killed before a step, or get a NaN there."""
 
+    layout = torch.contiguous_format
+
     def __init__(self, kill_at: int = -1, nan_at: int = -1):
         super().__init__()
         torch.manual_seed(0)
-        self.network = nn.Conv2d(3, 4, 3)
+        self.network = nn.Conv2d(3, 4, 3).to(memory_format=self.layout)
         self.kill_at, self.nan_at = kill_at, nan_at
         self.seen: list[dict[str, torch.Tensor]] = []  # weights before each step
 
@@ -96,6 +98,26 @@ def test_a_killed_run_resumed_is_the_run_that_was_not(kill_at, whole, tmp_path):
     assert len(resumed.seen) == (6 if kill_at < 3 else 3)
     assert_same_run(tmp_path, whole)
     assert log(tmp_path, "validation.jsonl") == log(whole, "validation.jsonl")
+
+
+class ChannelsLast(Fit):
+    layout = torch.channels_last
+
+
+def test_channels_last_weights_learn_the_same_and_survive_a_kill(whole, tmp_path):
+    """A checkpoint holds contiguous tensors, the optimizer's momentum has the order of the weight's memory."""
+    trainer(tmp_path / "whole", ChannelsLast()).run()
+    with pytest.raises(Killed):
+        trainer(tmp_path / "killed", ChannelsLast(kill_at=5)).run()
+    resumed = ChannelsLast()
+    trainer(tmp_path / "killed", resumed).run()
+    assert len(resumed.seen) == 3 and not resumed.network.weight.is_contiguous()
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    start, plain, last = (
+        weights["weight"]
+        for weights in (Fit().network.state_dict(), exported(whole), exported(tmp_path / "whole"))
+    )
+    assert (last - plain).norm() < 0.02 * (plain - start).norm()
 
 
 def test_a_kill_between_the_renames_of_a_checkpoint_loses_nothing(whole, tmp_path):

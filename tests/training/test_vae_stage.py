@@ -1,13 +1,15 @@
 """Training of the autoencoder: losses, options, and what is exported."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import AutoencoderKLWan
 
-from streamvid.decoding import encode, encode_moments, encoder_state
+from streamvid.decoding import channels_last, decode, decoder_state, encode, encode_moments, encoder_state
 from streamvid.training import vae_stage
 from streamvid.training.vae_stage import VaeStage, measure_latents, psnr, reconstruction_quality, to_pixels
 from streamvid.world.render import render_clip
@@ -107,11 +109,70 @@ def test_a_frozen_encoder_stays_what_it_is(tmp_path):
     assert exported.config.latents_mean == [1.0, 2.0, 3.0, 4.0]
 
 
+def test_recorded_statistics_do_not_change_the_loss():
+    """Latents are normalised for `decode`, which undoes it."""
+    made = stage(latent_noise=0.0)
+    batch = made.batch(0, 0, 0)
+    plain = loss(made, batch)
+    made.vae.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5, 1.0, 2.0, 3.0])
+    assert loss(made, batch) == pytest.approx(plain, rel=1e-4)
+
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def laid_out(vae: AutoencoderKLWan) -> bool:
+    """Whether all convolutions are channels-last."""
+    kernels = [parameter for parameter in vae.parameters() if parameter.ndim in FORMATS]
+    return all(kernel.is_contiguous(memory_format=FORMATS[kernel.ndim]) for kernel in kernels)
+
+
+def contiguous(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    vae = copy.deepcopy(vae)
+    for parameter in vae.parameters():
+        parameter.data = parameter.data.contiguous()
+    return vae
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["wan 2.1", "wan 2.2"])
+def test_channels_last_is_the_same_function(residual):
+    plain = tiny.vae(residual=residual).requires_grad_(False)
+    last = channels_last(copy.deepcopy(plain))
+    assert laid_out(last) and not laid_out(plain)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(last.state_dict()[name], value)
+    latents, pixels = tiny.clip(0, 3), tiny.normal(1, 1, 3, 9, 32, 32).clamp(-1, 1)
+    decoded = [decode(vae, latents, decoder_state(vae), clamp=False) for vae in (plain, last)]
+    encoded = [encode(vae, pixels, encoder_state(vae)) for vae in (plain, last)]
+    for one, other in (decoded, encoded):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+        assert one.std() > 1e-2
+
+
+def test_a_stage_trains_channels_last_and_learns_the_same():
+    made = stage(latent_noise=0.0)
+    assert laid_out(made.vae)
+    other = stage(latent_noise=0.0)
+    other.vae = contiguous(other.vae)
+    assert not laid_out(other.vae)
+    batch = made.batch(0, 0, 0)
+    losses = [one(batch)[0] for one in (made, other)]
+    torch.testing.assert_close(*losses)
+    for one in losses:
+        one.backward()
+    theirs = dict(other.vae.named_parameters())
+    for name, parameter in made.vae.named_parameters():
+        gradient = theirs[name].grad
+        assert (parameter.grad - gradient).norm() <= 1e-3 * gradient.norm(), name
+    assert made.vae.decoder.conv_in.weight.grad.norm() > 1e-3
+
+
 def test_a_stage_goes_on_from_a_saved_vae(tmp_path):
     saved = stage().vae
     saved.save_pretrained(tmp_path)
     torch.manual_seed(9)
     resumed = VaeStage(vae={}, start_from=str(tmp_path)).vae
+    assert laid_out(resumed)
     for name, value in saved.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
 

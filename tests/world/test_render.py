@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from streamvid.world.backdrop import draw_backdrop
 from streamvid.world.render import FADE_FRAMES, camera_position, render_clip, render_frame
 from streamvid.world.scene import ATTRIBUTES, Scene, Scenery, sample_scene, sample_scenery
+from streamvid.world.scene import SCENERY as GRID
 
 SCENE = Scene("star", "yellow", "large", "bounces", "meadow", "day", "clear")
 SCENERY = Scenery(0.5, 0.3, 0.2, 0.1, 0.6, 0.25)
@@ -44,11 +46,61 @@ def test_every_attribute_changes_the_picture(name):
             assert changed_pixels(first, second) > 0.005
 
 
-@pytest.mark.parametrize("name", Scenery.names)
-def test_every_scenery_variable_changes_the_picture(name):
-    changed = replace(SCENERY, **{name: (getattr(SCENERY, name) + 0.3) % 1})
-    pictures = [render_frame([(0, SCENE)], scenery, 5) for scenery in (SCENERY, changed)]
-    assert changed_pixels(*pictures) > 0.005
+@pytest.mark.parametrize("name", GRID)
+def test_every_place_of_the_scenery_changes_the_picture(name):
+    pictures = [render_frame([(0, SCENE)], replace(SCENERY, **{name: value}), 5) for value in GRID[name]]
+    for index, first in enumerate(pictures):
+        for second in pictures[:index]:
+            assert changed_pixels(first, second) > 0.005
+
+
+def moved_by_a_step(scenery, **steps):
+    """Scenery some places further on the grid, which wraps around."""
+    return Scenery.from_cells(
+        [
+            (cell + steps.get(name, 0)) % len(values)
+            for cell, (name, values) in zip(scenery.cells(), GRID.items(), strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("sky", ["day", "sunset", "dawn"])  # the stars of the night stand still
+@pytest.mark.parametrize("weather", ["clear", "rain"])  # drops repeat every 32 px
+@pytest.mark.parametrize("ground", ATTRIBUTES["ground"])
+def test_a_step_of_everything_on_the_grid_moves_the_picture_by_32_px(ground, sky, weather):
+    """To the right. Hills go left with their number; marks go right by 16 px, which is 32 to the left of their 48."""
+    scene = replace(SCENE, ground=ground, sky=sky, weather=weather)
+    for step in range(8):
+        here = Scenery.from_cells([0, step, step % 3, step % 2, 7 - step, step % 2])
+        there = moved_by_a_step(here, subject_x=1, hills=-1, ground_phase=-1, sun_x=1, clouds=1)
+        first, second = (render_frame([(0, scene)], scenery, 5) for scenery in (here, there))
+        # lines that cross the picture's edge are smoothed differently in its last column
+        assert np.array_equal(second[:, 33:127], first[:, 1:95])
+
+
+# Where nothing else is: rows, and columns that the glow of a sun on the left does not reach.
+ALONE = {
+    "hills": (slice(50, 84), -32),
+    "ground_phase": (slice(88, 128), 16),
+    "clouds": (slice(0, 50), 32),
+}  # px
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_neighbouring_places_of_a_landscape_differ_by_a_shift(name):
+    rows, shift = ALONE[name]
+    seen = []
+    for cell in range(len(GRID[name])):
+        here = moved_by_a_step(Scenery.from_cells([0] * 6), **{name: cell})
+        first, second = (
+            draw_backdrop(SCENE, scenery, 0, 0.0, 128).picture()[rows, 65:127]
+            for scenery in (here, moved_by_a_step(here, **{name: 1}))
+        )
+        seen.append(changed_pixels(first, second))
+        if shift < 0:
+            first, second = second, first
+        assert np.array_equal(second[:, abs(shift) :], first[:, : -abs(shift)])
+    assert max(seen) > 0.01
 
 
 @pytest.mark.parametrize("weather", ATTRIBUTES["weather"])

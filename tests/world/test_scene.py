@@ -1,12 +1,16 @@
 """Scenes, scenery and the pairs that are held out."""
 
 import itertools
+from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
+from streamvid.world.sampling import sample_clip
 from streamvid.world.scene import (
     ATTRIBUTES,
+    SCENERY,
     Scene,
     Scenery,
     change_scene,
@@ -30,8 +34,6 @@ def test_invalid_values_are_named():
         Scene.from_labels([0, 0])
     with pytest.raises(ValueError, match="hills"):
         Scenery(0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="6 variables"):
-        Scenery.from_uniform([0.5])
 
 
 def test_six_of_48_pairs_are_held_out_one_per_shape():
@@ -82,6 +84,34 @@ def test_changes_can_reach_and_leave_held_out_pairs():
         change_scene(rng, held_out, 0)
 
 
-def test_scenery_names_are_its_fields():
-    assert Scenery.names == ("subject_x", "hills", "ground_phase", "sun_x", "clouds", "phase")
-    assert Scenery.from_uniform([0.1 * i for i in range(6)]).phase == 0.5
+def test_cells_round_trip_over_the_whole_grid():
+    assert list(SCENERY) == [field.name for field in fields(Scenery)]
+    grid = list(itertools.product(*(range(len(values)) for values in SCENERY.values())))
+    places = [Scenery.from_cells(cells) for cells in grid]
+    assert [scenery.cells() for scenery in places] == grid
+    assert len(set(places)) == len(grid) == 2 * 8 * 3 * 3 * 8 * 2
+    assert Scenery.from_cells([1, 6, 2, 1, 5, 1]) == Scenery(0.9, 0.75, 2 / 3, 1 / 3, 0.625, 0.5)
+
+
+def test_what_is_not_on_the_grid_has_no_cells():
+    for cells in ((0,) * 5, (0,) * 7):
+        with pytest.raises(ValueError):
+            Scenery.from_cells(cells)
+    with pytest.raises(IndexError):
+        Scenery.from_cells((2, 0, 0, 0, 0, 0))
+    with pytest.raises(ValueError):
+        Scenery(0.5, 0.0, 0.0, 0.0, 0.0, 0.0).cells()
+
+
+@pytest.mark.parametrize(
+    "sample", [sample_scenery, lambda rng: sample_clip(rng, 57)[1]], ids=["scenery", "clips"]
+)
+def test_scenery_is_uniform_on_its_grid(sample):
+    rng, count = np.random.default_rng(4), 2000
+    drawn = [sample(rng) for _ in range(count)]
+    for name, values in SCENERY.items():
+        times = Counter(getattr(scenery, name) for scenery in drawn)
+        assert set(times) == set(values)
+        share = 1 / len(values)
+        error = 4 * (share * (1 - share) / count) ** 0.5
+        assert all(abs(n / count - share) < error for n in times.values())
