@@ -21,7 +21,7 @@ def reference(q_BLHD, k_BLHD, v_BLHD, mask=None) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
@@ -39,8 +39,8 @@ BACKENDS: dict[str, AttentionFunction] = {"sdpa": sdpa, "reference": reference}
 def attention_backend(name: str = "auto") -> AttentionFunction:
     """The attention function called `name`; `auto` picks for this machine.
 
-    Each function takes queries `[B, Lq, H, D]`, keys and values `[B, Lk, H, D]` and a boolean mask (true = attend)
-    that broadcasts to `[B, H, Lq, Lk]`, and returns `[B, Lq, H, D]`.
+    Each function takes queries `[B, Lq, H, D]`, keys and values `[B, Lk, H, D]` and a mask that broadcasts to
+    `[B, H, Lq, Lk]`, boolean (true = attend) or of numbers that are added to the scores, and returns `[B, Lq, H, D]`.
     """
     if name == "auto":
         return sdpa

@@ -1,4 +1,4 @@
-"""Participative compression: a full window shrinks to the tokens that recent queries attend most (Deep Forcing, section 3.3).
+"""Participative compression: a full window shrinks to what recent queries attend most (Deep Forcing, section 3.3).
 
 Works token by token and layer by layer, so that every layer keeps tokens of its own. The window planner says when, from
 which slots and how many; here it is decided which.
@@ -6,7 +6,7 @@ which slots and how many; here it is decided which.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -85,7 +85,7 @@ class TokenLedger:
         buffer: tuple[torch.Tensor, torch.Tensor],
         into: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        """Write sink, chosen tokens and recent tokens of `buffer` and the block's `own` keys and values to the front of `into`."""
+        """Of `buffer` and the block's `own` keys and values, write sink, chosen and recent tokens to the front of `into`."""
         stored = self._tokens(plan.compressed_from)
         keys, values = (torch.cat([old[:, stored], new], 1) for old, new in zip(buffer, own, strict=True))
         ids = torch.cat([self.ids[layer][:, stored], self._own_ids(plan).expand(keys.shape[0], -1)], 1)
@@ -112,6 +112,12 @@ class TokenLedger:
             target[:, :length] = source.gather(1, kept[..., None, None].expand(-1, -1, *source.shape[2:]))
         self.spare_ids[layer][:, :length] = ids.gather(1, kept)
         self.spare_uses[layer][:, :length] = uses.gather(1, kept)
+
+    def reanchor(self, frames: Sequence[int]) -> None:
+        """The buffer begins with these frames, none of whose tokens was chosen yet."""
+        own = self._tokens(range(len(frames)))
+        self.ids[:, :, own] = self._tokens(frames)
+        self.uses[:, :, own] = 0
 
     def commit(self, plan: BlockPlan) -> None:
         """The block is finished."""

@@ -26,6 +26,7 @@ class CacheSnapshot(NamedTuple):
     tensors: tuple[torch.Tensor, ...]
     planner: WindowPlanner
     rotated_at: dict[int, float]
+    fused_for: int | None
 
 
 class ContextCache:
@@ -133,11 +134,13 @@ class ContextCache:
 
     def _anchor(self, plan: BlockPlan) -> float:
         """What to add to a plan's positions so that the latest finished frame stays where its key is rotated."""
-        finished = plan.window[: len(plan.window) - len(plan.own)]
-        for slot in reversed(finished):
-            if slot.frame >= 0 and slot.slot >= self.sink_slots:
+        for slot in reversed(plan.window):
+            if slot.frame >= 0 and slot.slot >= self.sink_slots and slot not in plan.own:
                 return self.rotated_at[slot.frame] - slot.position
-        return plan.own[0].frame - plan.own[0].position
+        # a replay rewrites frames where they were: compressed tokens, which stay, are relative to that
+        own = plan.own[0]
+        stays = own.frame in self.planner.slot_of
+        return (self.rotated_at.get(own.frame, own.frame) if stays else own.frame) - own.position
 
     def _span(self, slot: int) -> slice:
         return slice(slot * self.tokens_per_frame, (slot + 1) * self.tokens_per_frame)
@@ -157,7 +160,8 @@ class ContextCache:
         elif self._fused_for != plan.block:  # a block that starts again has overwritten what it evicted
             self.fused_keys.copy_(self.raw_keys)
             self.fused_values.copy_(self.sink_values)
-            for frame, (evicted, sink) in zip(plan.evicted, plan.fused, strict=True):
+            decay = 0.0 if plan.overwrites else self.sink_decay
+            for frame, (evicted, sink) in zip(plan.evicted, plan.fused, strict=False):
                 by = rotation([self.rotated_at[frame]], *self.grid, self.head_dim, self.device)
                 source, target = self._span(evicted), self._span(sink)
                 keys = rotate(self.keys[:, :, source].to(self.raw_keys.dtype), Rotation(by.cos, -by.sin))
@@ -165,7 +169,7 @@ class ContextCache:
                     (self.fused_keys, keys),
                     (self.fused_values, self.values[:, :, source].to(self.raw_keys.dtype)),
                 ):
-                    average[:, :, target].mul_(self.sink_decay).add_(new, alpha=1 - self.sink_decay)
+                    average[:, :, target].mul_(decay).add_(new, alpha=1 - decay)
             self._fused_for = plan.block
         own = {slot.slot for slot in plan.own}
         values = self.sink_values if self._fused_for is None else self.fused_values
@@ -256,16 +260,21 @@ class ContextCache:
         frames = range(max(self.planner.scene_start, last - self.options.window), last)
         if frames:
             self.planner.reanchor(frames)
+            if self.ledger is not None:
+                self.ledger.reanchor(frames)
             sink = frames[: self.options.sink]
             self.sink_latents[:, : len(sink)] = self.latents[:, [f % self.options.window for f in sink]]
 
     def snapshot(self) -> CacheSnapshot:
         """A copy of everything a prompt switch may change. Not for the steady state: it clones the window."""
         tensors = tuple(t.clone() for t in self._state())
-        return CacheSnapshot(tensors, self.planner.copy(), dict(self.rotated_at))
+        return CacheSnapshot(tensors, self.planner.copy(), dict(self.rotated_at), self._fused_for)
 
     def _state(self) -> tuple[torch.Tensor, ...]:
-        return self.keys, self.values, self.raw_keys, self.sink_values, self.sink_latents
+        own = self.keys, self.values, self.raw_keys, self.sink_values, self.sink_latents
+        # a block that failed has overwritten what it fused
+        fused = (self.fused_keys, self.fused_values) if self.options.fuse else ()
+        return *own, *fused, *((self.ledger.ids, self.ledger.uses) if self.ledger is not None else ())
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         """Go back to a snapshot."""
@@ -273,7 +282,7 @@ class ContextCache:
             own.copy_(saved)
         self.planner = snapshot.planner.copy()
         self.rotated_at = dict(snapshot.rotated_at)
-        self._fused_for = None
+        self._fused_for = snapshot.fused_for
 
     def stored(
         self, layer: int, frames: Sequence[int], rotated: bool = True

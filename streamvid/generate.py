@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from streamvid.ahead import decode_ahead, decodes_beside
 from streamvid.errors import UserError
 from streamvid.io import ContactSheet, Manifest, ProgressBar, manifest_path, open_writer
 from streamvid.io.files import prepare_output_file
@@ -72,6 +73,7 @@ def generate(
         prepare_output_file(contact_sheet)
 
     pipe = load_pipeline(model, device, dtype)
+    beside = decodes_beside(pipe)
     seed = next((value for value in (seed, script.seed) if value is not None), 0)
     stream = pipe.stream(
         script,
@@ -83,6 +85,7 @@ def generate(
         fps=fps,
         noise=noise,
         attention=attention,
+        decode_pixels=not beside,
     )
     assert stream.timeline is not None
     if not quiet:
@@ -106,7 +109,7 @@ def generate(
         if sheet is not None and contact_sheet is not None:
             stack.callback(sheet.save, contact_sheet)  # also after an error or Ctrl-C
         bar = stack.enter_context(ProgressBar(stream.fps, stream.timeline.frames, disable=quiet))
-        for chunk in stream:
+        for chunk in decode_ahead(stream) if beside else stream:
             writer.write(chunk.frames)
             manifest.add_chunk(
                 frames=len(chunk.frames), prompt=chunk.prompt, timings=chunk.timings, events=chunk.events

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
@@ -18,14 +18,28 @@ from streamvid.sampler import SAMPLERS
 from streamvid.switching import switch_policy
 from streamvid.window import WindowOptions
 
-
 CHOICES = {
     "sampler": SAMPLERS,
-    "sink_update": ("static", "ema"),
+    "sink_update": ("static", "ema", "ema_release"),
     "sink_precision": SINK_PRECISIONS,
     "positions": tuple(POSITIONS),
     "importance": tuple(IMPORTANCE),
     "context_window": ("same", "release"),
+}
+
+# An option that only counts beside another one -> what to set, and whether it counts.
+COUNTS_WITH: dict[str, tuple[str, Callable[[Method], bool]]] = {
+    "sink_decay": ("sink_update = ema", lambda m: m.sink_update != "static"),
+    "sink_precision": ("sink_update = ema", lambda m: m.sink_update != "static"),
+    "recent": ("a budget", lambda m: m.budget is not None),
+    "importance": ("a budget", lambda m: m.budget is not None),
+    "max_reuse": ("a budget", lambda m: m.budget is not None),
+    "first_sink_shift": (
+        "positions = deep_forcing_release",
+        lambda m: m.positions == "deep_forcing_release",
+    ),
+    "shot_offset": ("other positions", lambda m: m.positions != "cache_relative"),
+    "context_window": ("sampler = rolling", lambda m: m.sampler == "rolling"),
 }
 
 
@@ -37,7 +51,8 @@ class Method:
         name, source: of the preset; source is the paper or release it reproduces.
         sampler: how blocks come out of noise (streamvid.sampler).
         frames_per_block, window, sink: what a block attends (`WindowOptions`), in latent frames.
-        sink_update: static, or ema: evicted frames are averaged into the sink.
+        sink_update: static, or ema: evicted frames are averaged into the sink; ema_release: ones of another number than the
+            sink's overwrite it.
         sink_decay, sink_precision: share of the sink that stays at each average, and the precision it is kept in.
         positions: at which temporal positions frames are seen (streamvid.positions).
         budget, recent: a full window is compressed to so many frames, of which so many recent ones stay whole.
@@ -92,6 +107,14 @@ class Method:
             raise UserError(f"past_bias = {self.past_bias} must be above 0 and at most 1, which is no bias")
         if self.max_reuse < 1:
             raise UserError(f"max_reuse = {self.max_reuse} must be at least 1")
+        if self.shot_offset < 0:
+            raise UserError(
+                f"shot_offset = {self.shot_offset} must not be negative: give 0 to skip no positions"
+            )
+        for name, (other, counts) in COUNTS_WITH.items():
+            value = getattr(self, name)
+            if value != _DEFAULTS[name] and not counts(self):
+                raise UserError(f"{name} = {value!r} would have no effect: set {other}, or leave {name} out")
 
     def window_options(self, levels: int | None = None) -> WindowOptions:
         """The window, with as many jointly denoised blocks as the sampler has `levels`, if it denoises jointly."""
@@ -102,7 +125,8 @@ class Method:
             self.sink,
             self.positions,
             joint_blocks=known if self.sampler == "rolling" else 1,
-            fuse=self.sink_update == "ema",
+            fuse=self.sink_update != "static",
+            fuse_release=self.sink_update == "ema_release",
             budget=self.budget,
             recent=self.recent,
             first_sink_shift=self.first_sink_shift,
@@ -186,6 +210,7 @@ def _typed(name: str, value: Any) -> Any:
 
 
 _TYPES = {f.name: f.type for f in fields(Method)}
+_DEFAULTS = {f.name: f.default for f in fields(Method)}
 _KINDS: dict[str, tuple[Any, str]] = {
     "int": (int, "a whole number"),
     "float": (int | float, "a number"),

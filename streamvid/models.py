@@ -112,6 +112,7 @@ def load_pipeline(model: str = DEFAULT_MODEL, device: str = "auto", dtype: str =
     from transformers import UMT5EncoderModel
 
     from streamvid.checkpoints import load_transformer, load_vae
+    from streamvid.decoding import channels_last
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 
     source, target = resolve_model(model), choose_device(device)
@@ -120,7 +121,8 @@ def load_pipeline(model: str = DEFAULT_MODEL, device: str = "auto", dtype: str =
         with _quiet_libraries():
             folder = Path(source) if Path(source).is_dir() else Path(StreamVidPipeline.download(source))
             # not by `from_pretrained`, which goes on with random weights where tensors are missing
-            transformer, vae = load_transformer(folder, dtype=number), load_vae(folder, dtype=number)
+            transformer = load_transformer(folder, dtype=number)
+            vae = channels_last(load_vae(folder, dtype=number))
             text_encoder, report = UMT5EncoderModel.from_pretrained(
                 folder / "text_encoder", dtype=number, output_loading_info=True
             )

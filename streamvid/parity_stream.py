@@ -1,20 +1,23 @@
-"""Recorded streams: the options of the engine that a case's settings stand for, and its replay through `VideoStream`.
-
-A setting without an entry in these tables is refused, never ignored.
-"""
+"""Recorded streams: a case's network, and its replay through `VideoStream`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
 
 from streamvid.checkpoints import load_transformer
 from streamvid.errors import UserError
-from streamvid.methods import Method
 from streamvid.parity_case import EXACT, FORWARD, LATENTS, SCHEDULE, SCORES, X0, Case, Row, Tensors, compare
+from streamvid.parity_settings import (
+    LATENT_KEYS,
+    SCHEDULE_KEYS,
+    SCHEDULE_OPTIONS,
+    check_derived,
+    stream_method,
+    switch_policies,
+)
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 from streamvid.rope import THETA, axis_pairs
 from streamvid.schedule import FewStepFlowScheduler
@@ -39,15 +42,6 @@ MODEL_OPTIONS = {
     "eps": "eps",
 }
 MODEL_FIXED = {"model_type": "t2v", "qk_norm": True, "rope_theta": THETA}
-
-SCHEDULE_OPTIONS = {
-    "denoising_step_list": "denoising_steps",
-    "warp": "warp",
-    "timestep_shift": "shift",
-    "num_train_timesteps": "num_train_timesteps",
-    "sigma_min": "sigma_min",
-    "extra_one_step": "extra_one_step",
-}
 
 
 def case_transformer(case: Case) -> CausalWanTransformer3DModel:
@@ -93,125 +87,6 @@ class RecordingScheduler(FewStepFlowScheduler):
 
 # --- streams ----------------------------------------------------------------------------------------------------------
 
-# Key of `streaming` -> option of `Method`, taken as it is. Several families name the same thing differently.
-STREAMING_OPTIONS = {
-    "frames_per_block": "frames_per_block",
-    "sink_size": "sink",
-    "sink_frames": "sink",
-    "attention_frames": "window",
-    "context_noise": "context_timestep",
-    "ema_decay": "sink_decay",
-    "budget_frames": "budget",
-    "recent_frames": "recent",
-    "score_fusion": "importance",
-    "topc_max_reuse": "max_reuse",
-}
-# Keys that `stream_method` and `run_stream` work out, and counts that follow from the others.
-STREAMING_DERIVED = (
-    *("blocks", "local_attn_size", "cache_capacity_frames", "cache_frames", "mode", "first_sink_rotation_literal"),
-    *("rolling_window_blocks", "global_sink", "switch_frame_indices", "switches_applied_at_frame"),
-    *("evictions", "windows"),
-)
-STREAMING_NEEDED = ("frames_per_block", "blocks", "context_noise")
-MODES = ("deep sink only", "deep sink + participative compression")
-# `cache.k_stored_after_rope` -> positions: what is stored tells how the reference places it.
-POSITIONS = {True: "absolute", False: "cache_relative"}
-
-
-def stream_method(case: Case) -> Method:
-    """The engine's options for a case's `streaming` section."""
-    streaming = case.section("streaming", [*STREAMING_OPTIONS, *STREAMING_DERIVED], STREAMING_NEEDED)
-    options = {ours: streaming[key] for key, ours in STREAMING_OPTIONS.items() if key in streaming}
-    options |= {"transition": "cross_only"}
-    family = _rolling if "rolling_window_blocks" in streaming else _block_by_block
-    options |= family(case, streaming)
-    sink, block = options["sink"], options["frames_per_block"]
-    if "LongLive" in str(case.settings.get("reference", {}).get("project")) and sink > block:
-        raise case.missing(
-            f"streaming.sink_size = {sink} above frames_per_block = {block}",
-            "LongLive's treatment of a sink larger than a block (empty slots attended, sink frames left noisy)",
-        )
-    return Method(name="recorded").with_overrides(options)
-
-
-def _rolling(case: Case, streaming: dict) -> dict[str, Any]:
-    """Rolling Forcing, with the release's two windows for denoising and context."""
-    for key in ("attention_frames", "sink_frames", "cache_frames"):
-        if key not in streaming:
-            raise UserError(f"{case.folder}/case.json: streaming.{key} is not there: record the case again")
-    levels = case.settings["schedule"].get("denoising_step_list", [])
-    if streaming["rolling_window_blocks"] != len(levels):
-        raise case.missing(
-            f"streaming.rolling_window_blocks = {streaming['rolling_window_blocks']}",
-            f"a rolling window of other than one block per level ({len(levels)})",
-        )
-    if streaming["cache_frames"] < streaming["attention_frames"]:
-        raise case.missing(
-            f"streaming.cache_frames = {streaming['cache_frames']}", "a cache shorter than the attention"
-        )
-    return {
-        "sampler": "rolling",
-        "positions": "sink_before_window",
-        "context_window": "release",
-        "denoising_steps": levels,
-    }
-
-
-def _block_by_block(case: Case, streaming: dict) -> dict[str, Any]:
-    """Everything else: one window, and what its family does beside it."""
-    for key in ("local_attn_size", "cache_capacity_frames", "sink_size"):
-        if key not in streaming:
-            raise UserError(f"{case.folder}/case.json: streaming.{key} is not there: record the case again")
-    window, capacity = streaming["local_attn_size"], streaming["cache_capacity_frames"]
-    if window > capacity:
-        raise UserError(
-            f"{case.folder}/case.json: streaming.local_attn_size = {window} exceeds cache_capacity_frames = {capacity}: "
-            "record the case again"
-        )
-    if window == -1:
-        window = capacity
-        if case.section("latent", LATENT_KEYS)["F"] > capacity:
-            raise UserError(
-                f"{case.folder}/case.json: latent.F exceeds streaming.cache_capacity_frames = {capacity}, "
-                "and local_attn_size = -1 evicts nothing: give a window"
-            )
-    after_rope = case.settings.get("cache", {}).get("k_stored_after_rope", True)
-    if not isinstance(after_rope, bool):
-        raise case.missing(f"cache.k_stored_after_rope = {after_rope!r}", "keys of both kinds in one cache")
-    options: dict[str, Any] = {"window": window, "positions": POSITIONS[after_rope]}
-    if "ema_decay" in streaming:
-        if streaming["sink_size"] % streaming["frames_per_block"]:
-            raise case.missing(
-                f"streaming.sink_size = {streaming['sink_size']} with evictions of other sizes",
-                "Reward Forcing's sink that is overwritten by evicted frames where the sizes differ",
-            )
-        options |= {"sink_update": "ema"}
-    if "mode" in streaming:
-        if streaming["mode"] not in MODES:
-            raise case.missing(f"streaming.mode = {streaming['mode']!r}", f"a mode other than {' and '.join(MODES)}")
-        options |= {"positions": "deep_forcing_release"}
-        if streaming["mode"] == MODES[1]:
-            literal = streaming.get("first_sink_rotation_literal", 21)
-            options |= {"first_sink_shift": literal - streaming["budget_frames"]}
-    return options
-
-
-def switch_policies(case: Case) -> dict[int, str]:
-    """Block -> policy of LongLive's released recache, at the first block that starts at or after each switch."""
-    streaming = case.settings["streaming"]
-    frames = streaming.get("switch_frame_indices", [])
-    if not frames:
-        return {}
-    sink = "keep_once_full" if streaming.get("global_sink", True) else "reanchor"
-    blocks: list[int] = []
-    for frame in frames:
-        block = -(-frame // streaming["frames_per_block"])
-        blocks.append(max(block, blocks[-1] + 1 if blocks else 1))  # one switch per block
-    return dict.fromkeys(blocks, f"recache(bidirectional, {sink})")
-
-
-LATENT_KEYS = ("B", "F", "C", "H", "W", "tokens_per_frame")
-
 
 class RecordedNoise:
     """The noise of a case as a source: `noise` cut into blocks, then `renoise/<block>/<step just done>`."""
@@ -252,7 +127,7 @@ class RecordedPipeline(StreamVidPipeline):
 def run_stream(case: Case) -> Iterator[Row]:
     """Replay a streaming case block by block through `VideoStream`."""
     latent = case.section("latent", LATENT_KEYS)
-    schedule = case.section("schedule", [*SCHEDULE_OPTIONS, "warped_denoising_steps"])
+    schedule = case.section("schedule", SCHEDULE_KEYS)
     method = stream_method(case)
     switches = switch_policies(case)
     blocks = case.settings["streaming"]["blocks"]
@@ -264,8 +139,9 @@ def run_stream(case: Case) -> Iterator[Row]:
         )
     prompts = case.section("prompts", ["segments", "valid_rows", "note"], ["segments", "valid_rows"])
     if prompts["segments"] != len(switches) + 1:
-        raise case.missing(
-            f"prompts.segments = {prompts['segments']}", f"{len(switches)} switches of other than one prompt each"
+        raise UserError(
+            f"{case.folder}/case.json: prompts.segments is {prompts['segments']}, and the switches give "
+            f"{len(switches) + 1}: record the case again"
         )
     text = tuple(case.settings["model"][key] for key in ("text_len", "text_dim"))
     for segment in range(prompts["segments"]):
@@ -287,6 +163,8 @@ def run_stream(case: Case) -> Iterator[Row]:
         raise UserError(
             f"{case.folder}/case.json: latent.tokens_per_frame does not follow from H, W and patch_size"
         )
+    check_derived(case, method, switches)
+    stored_frames(case)
     got = _play(stream, noise, switches, latent["B"])
     got |= {"flow/first": outputs[0].transpose(1, 2)}
     for index, prediction in enumerate(x0):
@@ -370,17 +248,16 @@ def _compare(name: str, got: torch.Tensor | None, case: Case, stream: VideoStrea
     if kind == "scores":
         return compare(name, got, case.outputs[name], SCORES)
     if family == "cache" and got is None:
-        return compare_cache(name, case, stream, stored_frames(case, stream))
+        return compare_cache(name, case, stream, stored_frames(case) or stream.cache.planner.live_frames)
     return compare(name, got, case.outputs[name], TOLERANCES.get(family, LATENTS))
 
 
-def stored_frames(case: Case, stream: VideoStream) -> list[int]:
-    """Frame of every slot of the recorded cache, in the reference's order."""
-    live = stream.cache.planner.live_frames
-    frames = case.settings.get("cache", {}).get("frames_in_slots", live)
+def stored_frames(case: Case) -> list[int] | None:
+    """Frame of every slot of the recorded cache, in the reference's order, where it is recorded."""
+    frames = case.settings.get("cache", {}).get("frames_in_slots")
     streaming, length = case.settings["streaming"], case.settings["latent"]["F"]
     capacity = streaming.get("cache_capacity_frames", streaming.get("cache_frames"))
-    if len(frames) != min(length, capacity):
+    if frames is not None and len(frames) != min(length, capacity):
         raise UserError(
             f"{case.folder}/case.json: cache.frames_in_slots has {len(frames)} frames, which does not follow from "
             f"a cache of {capacity} frames: record the case again"

@@ -47,7 +47,8 @@ def cache_relative(view: View) -> list[float]:
 
 def sink_before_window(view: View) -> list[float]:
     """The sink is seen directly before what follows it in the window (Rolling Forcing, section 3.3; Deep Forcing, 3.2)."""
-    start = view.indices[-1] + 1 - len(view.indices) - view.compressed
+    follows = view.indices[view.sink] if view.sink < len(view.indices) else view.indices[-1] + 1
+    start = follows - view.compressed - view.sink
     return [float(start + rank) for rank in range(view.sink)] + absolute(view)[view.sink :]
 
 

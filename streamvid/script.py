@@ -28,6 +28,11 @@ from streamvid.script_formats import Located, plain, problem, show
 TRANSITIONS = ("cross_only", "recache", "flush", "blend", "shot", "cut")
 """Names of the prompt-switch policies that a shot's `transition` may ask for, options in brackets: `blend(8, slerp)`."""
 OPTIONS_PATTERN = r"(\([a-z0-9_][a-z0-9_, ]*\))?"
+TRANSITION_OPTIONS = {
+    "recache": r"(causal|bidirectional)( *, *(keep|keep_once_full|reencode|reanchor))?",
+    "blend": r"0*[1-9][0-9]*( *, *(lerp|slerp))?",
+}
+"""The options that a policy takes; one that is not here takes none."""
 MAX_PROMPT_CHARACTERS = 2000
 MIN_SECONDS = 0.001
 """Shortest length of a shot, in seconds, before snapping; also the tolerance between contradictory times."""
@@ -150,6 +155,15 @@ def json_schema(transitions: Sequence[str] = TRANSITIONS) -> dict[str, Any]:
     }
 
 
+def transition_pattern(transitions: Sequence[str] = TRANSITIONS) -> str:
+    """Regular expression of a transition with its options."""
+    forms = [
+        f"{name}(\\({TRANSITION_OPTIONS[name]} *\\))?" if name in TRANSITION_OPTIONS else name
+        for name in transitions
+    ]
+    return f"({'|'.join(forms)})"
+
+
 def _shot_fields(transitions: Sequence[str]) -> tuple[FieldSpec, ...]:
     choices = tuple(transitions)
     return tuple(replace(spec, choices=choices) if spec.choices else spec for spec in SHOT_FIELDS)
@@ -168,7 +182,7 @@ def _field_schema(spec: FieldSpec) -> dict[str, Any]:
     types = {"text": "string", "mapping": "object", "shots": "array"}
     schema: dict[str, Any] = {"type": types.get(spec.kind, spec.kind), "description": spec.help}
     if spec.choices:
-        schema["pattern"] = f"^({'|'.join(spec.choices)}){OPTIONS_PATTERN}$"
+        schema["pattern"] = f"^{transition_pattern(spec.choices)}$"
     elif spec.kind == "text":
         schema |= {"minLength": 1, "maxLength": spec.longest, "pattern": "\\S"}
     elif spec.kind == "mapping":
@@ -410,7 +424,12 @@ def _read_text_value(
     if not isinstance(value, str):
         raise problem(source, line, f"{given} text; put it in quotes if it is meant as text")
     if spec.choices:
-        if not re.fullmatch(f"({'|'.join(spec.choices)}){OPTIONS_PATTERN}", value):
+        if not re.fullmatch(transition_pattern(spec.choices), value):
+            if re.fullmatch(f"({'|'.join(spec.choices)}){OPTIONS_PATTERN}", value):
+                example = "write for example recache(bidirectional, reanchor) or blend(8, slerp)"
+                raise problem(
+                    source, line, f"{where}{spec.name} {show(value)} has options that do not exist; {example}"
+                )
             near = difflib.get_close_matches(value.lower(), spec.choices, n=1)
             fix = f"; did you mean {near[0]!r}" if near else "; choose one of them"
             raise problem(source, line, f"{given} one of {', '.join(spec.choices)}{fix}")

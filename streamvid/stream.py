@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from streamvid.context import CacheSnapshot, ContextCache
-from streamvid.decoding import VaeState, decode, decoder_state
+from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.errors import UserError
 from streamvid.methods import SHOT_OPTION_NAMES, Method
-from streamvid.noise import NoiseSource, SeededNoise
+from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
 from streamvid.sampler import BlockInputs, sampler_named
 from streamvid.switching import SwitchPolicy, switch_policy
 from streamvid.transformer import PromptKV
@@ -47,6 +47,7 @@ class Chunk:
         timings: seconds spent per stage: switch, denoise, context, decode, total.
         events: what happened before the block, e.g. `switch:recache`.
         attended: latent frames of the block's window.
+        new_scene: whether the chunk begins a video of its own (after a cut).
     """
 
     index: int
@@ -58,6 +59,7 @@ class Chunk:
     timings: Mapping[str, float]
     events: tuple[str, ...] = ()
     attended: tuple[int, ...] = ()
+    new_scene: bool = False
 
     @property
     def frames(self) -> np.ndarray:
@@ -104,6 +106,11 @@ class VideoStream:
         attention: str = "auto",
         decode_pixels: bool = True,
     ):
+        if method.sampler == "rolling" and isinstance(noise, ReferenceNoise):
+            raise UserError(
+                "noise = 'reference' draws block after block, and sampler = rolling asks for several at once: "
+                "take noise = 'seeded'"
+            )
         self.pipe, self.method, self.fps, self.timeline = pipe, method, fps, timeline
         lengths = [n for n in (blocks, timeline.blocks if timeline is not None else None) if n is not None]
         self.blocks = min(lengths, default=None)
@@ -183,9 +190,9 @@ class VideoStream:
         with self._lock:
             pending = self._pending
         change = self._change(pending)
-        state = self._after(change)
         events: tuple[str, ...] = ()
         with clock.stage("switch"):
+            state = self._after(change)
             prompt_kv = self._prompt_keys(state)
             if change is not None and self.block > 0:
                 name = change.policy or self.method.transition
@@ -215,6 +222,7 @@ class VideoStream:
             timings=clock.read(),
             events=events,
             attended=plan.attended,
+            new_scene=state.new_scene,
         )
         # commit: nothing above changed what the next block is computed from
         self.cache.commit(committed, latents)
@@ -270,7 +278,9 @@ class VideoStream:
                 f"denoising_steps of a shot has {len(steps)} levels, and with sampler = rolling each of the stream's "
                 f"{len(self.steps)} has its block in the window: give as many"
             )
-        blend = _Blend(self.current.prompts, self.blend, self.block, policy) if policy.blocks > 1 else None
+        blend = None
+        if policy.blocks > 1 and self.block > 0:
+            blend = _Blend(self._told(), self._encode(change.prompts), self.block, policy)
         return replace(state, current=change, noise=noise, steps=steps, blend=blend)
 
     def _steps(self, levels: tuple[float, ...] | None) -> tuple[tuple[float, float], ...]:
@@ -281,10 +291,9 @@ class VideoStream:
 
     def _prompt_keys(self, state: _Next) -> PromptKV:
         """Cross-attention keys and values of the next block, computed once per prompt."""
-        prompts = state.current.prompts
         if state.blend is not None and state.blend.share(self.block) < 1:
-            return self.pipe.transformer.prompt_kv(self._embedding(prompts, state.blend, self.block))
-        return self._keys_of(prompts)
+            return self.pipe.transformer.prompt_kv(state.blend.embedding(self.block))
+        return self._keys_of(state.current.prompts)
 
     def _keys_of(self, prompts: tuple[str, ...]) -> PromptKV:
         if self._prompt_kv is None or self._prompt_kv[0] != prompts:
@@ -297,13 +306,11 @@ class VideoStream:
             return self._prompt_kv[1]
         return self.pipe.encode_prompt(list(prompts)).to(self.cache.keys)
 
-    def _embedding(self, prompts: tuple[str, ...], blend: _Blend | None, block: int) -> torch.Tensor:
-        """What block `block` is told: the prompt, or something between it and the one before."""
-        new = self._encode(prompts)
-        if blend is None or blend.share(block) >= 1:
-            return new
-        old = self._embedding(blend.prompts, blend.before, blend.start - 1)
-        return blend.policy.mix(old, new, blend.share(block))
+    def _told(self) -> torch.Tensor:
+        """The embedding that the latest block was told."""
+        if self.blend is not None:
+            return self.blend.embedding(self.block - 1)
+        return self._encode(self.current.prompts)
 
     def _inputs(self, state: _Next, prompt_kv: PromptKV) -> BlockInputs:
         return BlockInputs(
@@ -327,9 +334,7 @@ class VideoStream:
         if not self.decode_pixels:
             decoder.started = True
             return np.zeros((latents_BCFHW.shape[0], 0, 0, 0, 3), np.uint8)
-        pixels = decode(self.pipe.vae, latents_BCFHW.to(self.pipe.vae.dtype), decoder)
-        # B C T H W in [-1, 1] -> B T H W C bytes
-        return pixels.float().add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+        return decode_to_bytes(self.pipe.vae, latents_BCFHW, decoder)
 
 
 @dataclass(frozen=True)
@@ -346,16 +351,21 @@ class _Next:
 
 @dataclass(frozen=True)
 class _Blend:
-    """A prompt change spread over several blocks: from which prompts (themselves perhaps on the way), since which block."""
+    """A prompt change spread over several blocks: from which embedding to which, since which block."""
 
-    prompts: tuple[str, ...]
-    before: _Blend | None
+    old: torch.Tensor
+    new: torch.Tensor
     start: int
     policy: SwitchPolicy
 
     def share(self, block: int) -> float:
         """How much of the new prompt `block` is told."""
         return (block - self.start + 1) / self.policy.blocks
+
+    def embedding(self, block: int) -> torch.Tensor:
+        """What `block` is told."""
+        share = self.share(block)
+        return self.new if share >= 1 else self.policy.mix(self.old, self.new, share)
 
 
 @dataclass

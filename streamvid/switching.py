@@ -12,7 +12,7 @@ with its options in brackets where they are not the first of their kind: `recach
 | cross_only | old prompt's K/V | old prompt's K/V | new prompt | goes on |
 | recache(causal, keep) | old prompt's K/V | rewritten under the new prompt, block by block | new prompt | goes on |
 | recache(bidirectional, ...) | | rewritten in one forward in which all frames see each other | | |
-| recache(..., keep_once_full) | rewritten too while the stream is no longer than the window | rewritten | new prompt | goes on |
+| recache(..., keep_once_full) | rewritten too while all of the stream fits the window | rewritten | new prompt | goes on |
 | recache(..., reencode) | rewritten too | rewritten | new prompt | goes on |
 | recache(..., reanchor) | the oldest frames of the window take its place, rewritten | rewritten | new prompt | goes on |
 | flush | old prompt's K/V | all but the last latent frame forgotten | new prompt | goes on |
@@ -100,7 +100,10 @@ def slerp(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
     return torch.where(sine > 1e-3, arc, torch.lerp(old.float(), new.float(), share)).to(old.dtype)
 
 
-MIXES = {"lerp": torch.lerp, "slerp": slerp}
+MIXES: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+    "lerp": torch.lerp,
+    "slerp": slerp,
+}
 
 
 def _recache(order: str = "causal", sink: str = "keep") -> SwitchPolicy:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from streamvid.errors import UserError
 from streamvid.positions import POSITIONS, View
@@ -31,7 +32,8 @@ class WindowOptions:
         capacity: slots kept, at least `window`; more changes where keys are stored, never what is attended.
         joint_blocks: blocks denoised jointly at rising noise levels (Rolling Forcing); 1 for one after the other.
         fuse: evicted frames are averaged into the sink (Reward Forcing), the n-th into sink frame n modulo sink.
-        budget: a full window is compressed to so many frames, chosen token by token (Deep Forcing); None: frames are dropped.
+        fuse_release: as released, every eviction starts at sink frame 0, and one of another size overwrites the sink.
+        budget: a full window is compressed to so many frames, token by token (Deep Forcing); None: frames are dropped.
         recent: frames at the end of the window, the block included, that a compression keeps whole.
         first_sink_shift: for positions = deep_forcing_release.
         shot_offset: positions skipped at every new shot (LongLive 2).
@@ -45,6 +47,7 @@ class WindowOptions:
     capacity: int | None = None
     joint_blocks: int = 1
     fuse: bool = False
+    fuse_release: bool = False
     budget: int | None = None
     recent: int | None = None
     first_sink_shift: int = 0
@@ -143,6 +146,7 @@ class BlockPlan:
 
     Attributes:
         fused: (slot of an evicted frame, slot of the sink frame into which it is averaged).
+        overwrites: nothing of those sink frames stays in the average.
         compressed_from: slots in temporal order from which the window is compressed during the first forward.
     """
 
@@ -151,6 +155,7 @@ class BlockPlan:
     own: tuple[WindowSlot, ...]
     evicted: tuple[int, ...]
     fused: tuple[tuple[int, int], ...] = ()
+    overwrites: bool = False
     compressed_from: tuple[int, ...] = ()
 
     @property
@@ -197,19 +202,22 @@ class WindowPlanner:
             stored = len(self.live_frames) + len(self.compressed) + count
             return self._compress(own) if stored > self.options.window else self._append(own)
         sink, recent = self._split([*self.live_frames, *own])
-        attended = sink + self._recent(recent)
-        finished = recent[: len(recent) - count]
-        kept = finished[len(finished) - min(len(finished), self.options.history) :]
+        attended = sink + self._recent(recent, self.options.window - self.options.sink)
+        kept = self._recent([frame for frame in recent if frame < own[0]], self.options.history)
         evicted = [frame for frame in self.live_frames if frame not in attended and frame not in kept]
         taken = {slot for frame, slot in self.slot_of.items() if frame not in evicted}
         slot_of = self.slot_of | dict(zip(own, self._free(taken), strict=False))
         plan = self._plan(attended, own, slot_of, evicted)
         if self.options.fuse and len(sink) == self.options.sink:
+            start = 0 if self.options.fuse_release else self.fusions
             pairs = [
-                (self.slot_of[frame], self.slot_of[sink[(self.fusions + n) % len(sink)]])
+                (self.slot_of[frame], self.slot_of[sink[(start + n) % len(sink)]])
                 for n, frame in enumerate(evicted)
             ]
-            plan = replace(plan, fused=tuple(pairs))
+            if self.options.fuse_release:
+                pairs = pairs[: len(sink)]
+            overwrites = self.options.fuse_release and len(evicted) not in (0, len(sink))
+            plan = replace(plan, fused=tuple(pairs), overwrites=overwrites)
         return plan
 
     def context_plan(self, plan: BlockPlan, released: bool = False) -> BlockPlan:
@@ -229,7 +237,7 @@ class WindowPlanner:
         if len(seen) > self.options.window:
             seen = self._split(seen)[1][-self.options.window :]
         slot_of = self.slot_of | {slot.frame: slot.slot for slot in own}
-        window = tuple(WindowSlot(slot_of[frame], frame, float(frame - self.scene_start)) for frame in seen)
+        window = tuple(WindowSlot(slot_of[frame], frame, float(self._index(frame))) for frame in seen)
         return replace(plan, window=window, own=window[len(window) - count :])
 
     def replay(self, with_sink: bool = False) -> list[BlockPlan]:
@@ -238,33 +246,35 @@ class WindowPlanner:
         This is the true block-causal recache: a block is seen by later ones as under the new prompt. The sink stays, or is
         rewritten first, as a block of its own.
         """
-        sink, recent = self._replayed()
+        sink, pinned, recent = self._replayed()
+        plans = [self._plan(sink, sink, self.slot_of, [], self.compressed)] if with_sink and sink else []
+        seen = sink + pinned
+        # blocks as they were made; they may have lost frames to eviction or to the sink
         size = self.options.frames_per_block
-        # whole blocks as they were made; the oldest may have lost frames to eviction or to the sink
-        cut = len(recent) % size
-        blocks = [recent[:cut]] * bool(cut) + [recent[i : i + size] for i in range(cut, len(recent), size)]
-        plans, seen = [], [] if with_sink else list(sink)
-        for own in [sink] * (with_sink and bool(sink)) + blocks:
-            seen += own
+        for _, block in groupby(recent, lambda frame: (self.next_frame - 1 - frame) // size):
+            own = list(block)
+            seen = seen + own
             plans.append(self._plan(seen, own, self.slot_of, [], self.compressed))
         return plans
 
     def replay_at_once(self, sink: bool) -> list[BlockPlan]:
         """One plan that rewrites the recent frames together, each seeing all; with `sink` also the sink's own."""
-        kept, recent = self._replayed()
-        own = kept + recent if sink else recent
-        return [self._plan(kept + recent, own, self.slot_of, [], self.compressed)] if own else []
+        first, pinned, recent = self._replayed()
+        own = first + recent if sink else recent
+        return [self._plan(first + pinned + recent, own, self.slot_of, [], self.compressed)] if own else []
 
-    def _replayed(self) -> tuple[list[int], list[int]]:
-        """Frames that a replay leaves as they are (or, of the sink, may leave), and those it rewrites."""
+    def _replayed(self) -> tuple[list[int], list[int], list[int]]:
+        """The sink, old pinned frames, which a replay leaves as they are, and recent ones, which it rewrites."""
         sink, recent = self._split(self.live_frames)
         pinned = [frame for frame in recent if frame < self.next_frame - self.options.window]
-        return sink + pinned, recent[len(pinned) :]
+        return sink, pinned, recent[len(pinned) :]
 
     def reanchor(self, frames: Sequence[int]) -> None:
         """The window becomes `frames`, the first of them the new sink; their keys have yet to be written."""
         self.slot_of = {frame: slot for slot, frame in enumerate(frames)}
         self.compressed, self.sink_start = (), frames[0]
+        self.first_roll = self.roll = None  # the new sink has not been moved yet
+        self._pin(self.pinned)
 
     def forget(self, keep_last: int) -> None:
         """Evict all but the sink and the last frames (Infinity-RoPE's flush)."""
@@ -272,6 +282,7 @@ class WindowPlanner:
         kept = sink + recent[max(0, len(recent) - keep_last) :]
         self.slot_of = {frame: self.slot_of[frame] for frame in kept}
         self.compressed = ()
+        self._pin(self.pinned)
 
     def commit(self, plan: BlockPlan) -> None:
         """The planned block is finished: it joins the window, what it evicted is forgotten."""
@@ -284,9 +295,13 @@ class WindowPlanner:
         self.first_roll, self.roll = self._rolls(plan)
         self.fusions += len(plan.fused)
         if self.options.pin_shots and self.shots and self.shots[-1] == first:
-            self.pinned = plan.frames[: self.options.sink]
+            self._pin(plan.frames[: self.options.sink])
         self.next_block = plan.block + 1
         self.next_frame = plan.own[-1].frame + 1
+
+    def _pin(self, frames: Sequence[int]) -> None:
+        """Pin those of the frames that are in the window; the sink needs no pin."""
+        self.pinned = tuple(frame for frame in self._split(frames)[1] if frame in self.slot_of)
 
     def copy(self) -> WindowPlanner:
         twin = copy(self)
@@ -311,15 +326,19 @@ class WindowPlanner:
         end = self.sink_start + self.options.sink
         return [frame for frame in frames if frame < end], [frame for frame in frames if frame >= end]
 
-    def _recent(self, recent: list[int]) -> list[int]:
-        """What is attended beside the sink: the latest frames, and those pinned that are no longer among them."""
-        room = self.options.window - self.options.sink
+    def _recent(self, recent: list[int], room: int) -> list[int]:
+        """What has room beside the sink: the latest frames, and those pinned that are no longer among them."""
         for pinned in range(len(self.pinned) + 1):
             latest = recent[max(0, len(recent) - room + pinned) :]
             missing = [frame for frame in self.pinned if frame not in latest]
             if len(missing) <= pinned:
                 break
         return missing + latest
+
+    def _index(self, frame: int) -> int:
+        """Of a frame in its scene, with the offset of its shot."""
+        shots = sum(frame >= shot for shot in self.shots)
+        return frame - self.scene_start + self.options.shot_offset * shots
 
     def _free(self, taken: set[int]) -> list[int]:
         return [slot for slot in range(self.options.slots) if slot not in taken]
@@ -364,10 +383,7 @@ class WindowPlanner:
             last = own[0] if rolling else self.roll
             rolled = (last or 0) - (own[0] if self.first_roll is None else self.first_roll)
         sink = len(self._split(attended)[0])
-        indices = [
-            frame - self.scene_start + self.options.shot_offset * sum(frame >= shot for shot in self.shots)
-            for frame in attended
-        ]
+        indices = [self._index(frame) for frame in attended]
         view = View(indices, sink, len(compressed), rolled, self.options.first_sink_shift)
         positions = POSITIONS[self.options.positions](view)
         seen = [

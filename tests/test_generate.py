@@ -16,7 +16,7 @@ import tiny
 from PIL import Image
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 
-from streamvid import stream
+from streamvid import sampler
 from streamvid.cli import main
 from streamvid.errors import UserError
 from streamvid.io import read_video
@@ -234,14 +234,14 @@ def test_words_the_model_does_not_know_are_one_warning(model, tmp_path, capsys):
 
 
 def fail_at_block(monkeypatch, number: int, error: BaseException) -> None:
-    real = stream.few_step_block
+    real = sampler.few_step_block
 
     def block(transformer, scheduler, steps, plan, *rest):
         if plan.block == number:
             raise error
         return real(transformer, scheduler, steps, plan, *rest)
 
-    monkeypatch.setattr(stream, "few_step_block", block)
+    monkeypatch.setattr(sampler, "few_step_block", block)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def test_transitions_and_options_may_be_passed_in():
     assert script.shots[0].transition == "blend"
     message = failure(text, options={"stepps", "sink"}, transitions=("blend",))
     assert "unknown option 'steps', did you mean 'stepps'" in message
-    assert "transition is 'blend' but must be one of cross_only, recache, cut" in failure(text)
+    message = failure(text, transitions=("cut", "shot"), options={"steps"})
+    assert "transition is 'blend' but must be one of cut, shot; choose one of them" in message
 
 
 # --- one line, plain text ----------------------------------------------------------------------------
@@ -368,7 +369,7 @@ BAD = {
     "unknown transition": (
         "shots:\n- {prompt: a, duration: 5, transition: recash}",
         [
-            "shot 1: transition is 'recash' but must be one of cross_only, recache, cut",
+            "shot 1: transition is 'recash' but must be one of cross_only, recache, flush, blend, shot, cut",
             "did you mean 'recache'",
         ],
     ),

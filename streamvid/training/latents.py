@@ -32,7 +32,8 @@ CLIP_FRAMES = block_start(BLOCKS)  # 57 pixel frames
 class Clips:
     """Encoded clips.
 
-    latents `[N, 15, C, H, W]`; labels `[N, 5, 7]`: the scene of every block (3 and 1 of first blocks); scenery `[N, 6]`: `Scenery.cells()`; late `[N]`: whether blocks 1.. come from later in the stream.
+    latents `[N, 15, C, H, W]`; labels `[N, 5, 7]`: the scene of every block (3 frames and 1 block of first blocks);
+    scenery `[N, 6]`: `Scenery.cells()`; late `[N]`: whether blocks 1.. come from later in the stream.
     """
 
     latents: torch.Tensor
@@ -101,7 +102,9 @@ def _encode_some(
         if kind == FIRST_BLOCKS:
             clips = [_clip(vae, rng, blocks=1) for _ in range(count)]
         else:
-            clips = [_late_clip(vae, rng) if rng.random() < late_share else _clip(vae, rng) for _ in range(count)]
+            clips = [
+                _late_clip(vae, rng) if rng.random() < late_share else _clip(vae, rng) for _ in range(count)
+            ]
         latents, labels, scenery, late = zip(*clips, strict=True)
         tensors = {
             "latents": torch.stack(latents),

@@ -19,7 +19,7 @@ class Muon(torch.optim.Muon):
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ):
         self.originals = list(params)
-        flat = [nn.Parameter(_matrix(p.data, p)) for p in self.originals]
+        flat = [nn.Parameter(_view(p)) for p in self.originals]
         super().__init__(
             flat, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
@@ -27,8 +27,10 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         for original, flat in zip(self.originals, self.param_groups[0]["params"], strict=True):
-            flat.data = _matrix(original.data, original)  # distributed wrappers move a parameter's storage
-            flat.grad = None if original.grad is None else _matrix(original.grad, original)
+            flat.data = _view(original)  # distributed wrappers move a parameter's storage
+            flat.grad = (
+                None if original.grad is None else _ordered(original.grad, original).reshape(flat.shape)
+            )
         return super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -36,10 +38,14 @@ class Muon(torch.optim.Muon):
             original.grad = None
 
 
-def _matrix(tensor: torch.Tensor, like: nn.Parameter) -> torch.Tensor:
-    """`[out, rest]`; columns in the memory order of `like`, so that of `like` itself this is a view."""
-    ordered = tensor if like.ndim == 2 or like.is_contiguous() else tensor.movedim(1, -1)
-    return ordered.reshape(tensor.shape[0], -1)
+def _ordered(tensor: torch.Tensor, like: nn.Parameter) -> torch.Tensor:
+    """Dimensions in the memory order of `like`: contiguous, or channels last."""
+    return tensor if like.ndim == 2 or like.is_contiguous() else tensor.movedim(1, -1)
+
+
+def _view(parameter: nn.Parameter) -> torch.Tensor:
+    """The parameter as `[out, rest]`, sharing its memory."""
+    return _ordered(parameter.data, parameter).view(parameter.shape[0], -1)
 
 
 # Inputs and outputs of a network: their rows are not exchangeable features, so AdamW serves them better.

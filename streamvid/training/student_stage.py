@@ -35,6 +35,8 @@ from streamvid.world.prompts import describe
 from streamvid.world.scene import ATTRIBUTES, SCENERY, Scene
 
 VALIDATION_CLIPS = 64
+COUPLED_SIGMA = 0.95  # noise of this level and above is coupled to the scenery; below, the latents show it
+FIRST_STEP_SHARE = 0.4  # of first blocks seen at pure noise
 SCENERY_CELLS = torch.tensor([len(values) for values in SCENERY.values()])
 
 
@@ -259,9 +261,12 @@ class StudentStage(Stage):
         anywhere = torch.rand(shape)
         shift = self.scheduler.config.shift
         anywhere = shift * anywhere / (1 + (shift - 1) * anywhere)
-        sigma = torch.where(torch.rand(shape) < 0.75, sigma, anywhere).repeat_interleave(FRAMES_PER_BLOCK, 2)
+        sigma = torch.where(torch.rand(shape) < 0.75, sigma, anywhere)
+        if shape[2] == 1:  # a first block comes out of pure noise: the hardest of its steps
+            sigma = torch.where(torch.rand(shape) < FIRST_STEP_SHARE, torch.ones(shape), sigma)
+        sigma = sigma.repeat_interleave(FRAMES_PER_BLOCK, 2)
         noise = torch.randn(batch, streams, *latents.shape[1:])
-        noise = couple_noise(noise, scenery, only=sigma[:, :, 0] == 1.0)
+        noise = couple_noise(noise, scenery, only=sigma[:, :, 0] >= COUPLED_SIGMA)
         mix = sigma[:, :, None, :, None, None]
         return (1 - mix) * latents[:, None] + mix * noise, sigma
 
@@ -364,21 +369,41 @@ def initialise(transformer: CausalWanTransformer3DModel) -> None:
                 parameter.data[:, [2, 5]] = 1.0
 
 
+# Where the noise tells each unnamed variable: a row of the picture cut into 4 x 4 places, and weights of its columns. It is
+# where the variable shows, so that a network finds it in the very tokens that need it.
+COUPLED_PLACES: dict[str, tuple[int, tuple[float, ...]]] = {
+    "subject_x": (2, (0, 1, -1, 0)),
+    "hills": (2, (1, 1, 1, 1)),
+    "ground_phase": (3, (1, 1, 1, 1)),
+    "sun_x": (0, (1, 0, -1, 0)),
+    "clouds": (0, (1, 1, 1, 1)),
+    "phase": (2, (0, 1, 1, 0)),
+}
+
+
+def coupling_directions(height: int, width: int) -> torch.Tensor:
+    """Unit pictures `[K, H, W]`: direction k lies in channel k of the first latent frame."""
+    directions = torch.zeros(len(COUPLED_PLACES), 4, 4)
+    for index, (row, weights) in enumerate(COUPLED_PLACES.values()):
+        directions[index, row] = torch.tensor(weights)
+    directions = directions.repeat_interleave(height // 4, 1).repeat_interleave(width // 4, 2)
+    return directions / directions.flatten(1).norm(dim=1)[:, None, None]
+
+
 def couple_noise(noise_BSCFHW: torch.Tensor, scenery_BK: torch.Tensor, only: torch.Tensor) -> torch.Tensor:
     """Tie unnamed scenery to the initial noise: where `only` `[B, S]`, the projection of the noise on direction k becomes
     the Gaussian quantile of variable k in [0, 1) (each of its places is an interval).
 
-    Direction k is constant over the first 4 x 4 latents of channel k in the first frame. For uniform scenery the noise stays
-    exactly standard normal; a sampler simply draws noise, and every draw names one scenery (the idea of noise-data
-    couplings, Pooladian et al. 2023, with a coupling known in advance).
+    For uniform scenery the noise stays exactly standard normal; a sampler simply draws noise, and every draw names one
+    scenery (noise-data couplings, Pooladian et al. 2023, with a coupling known in advance).
     """
     quantile = torch.special.ndtri(scenery_BK.float().clamp(1e-4, 1 - 1e-4))  # B K
-    count = scenery_BK.shape[1]
     noise = noise_BSCFHW.clone()
-    patch = noise[:, :, :count, 0, :4, :4]
-    projection = patch.sum((-1, -2), keepdim=True) / 4
-    wanted = torch.where(only[:, :, None], quantile[:, None], projection[..., 0, 0])[..., None, None]
-    noise[:, :, :count, 0, :4, :4] = patch + (wanted - projection) / 4
+    first = noise[:, :, : scenery_BK.shape[1], 0]  # B S K H W
+    directions = coupling_directions(*noise.shape[-2:]).to(noise)
+    projection = (first * directions).sum((-1, -2))
+    wanted = torch.where(only[:, :, None], quantile[:, None], projection)
+    first += (wanted - projection)[..., None, None] * directions
     return noise
 
 

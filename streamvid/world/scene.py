@@ -47,8 +47,8 @@ class Scene:
         return cls(*(values[int(label)] for values, label in zip(ATTRIBUTES.values(), labels, strict=True)))
 
 
-# The places that scenery takes. Neighbouring values lie 32 px apart on the screen, one token of the embedded model, so that it
-# has to learn each picture once and not at every shift.
+# The places that scenery takes: whole tokens of the embedded model (32 px) apart, ground marks up to their period of 48, so
+# that it has to learn each picture once and not at every shift.
 SCENERY: dict[str, tuple[float, ...]] = {
     "subject_x": (0.1, 0.9),
     "hills": tuple(k / 8 for k in range(8)),

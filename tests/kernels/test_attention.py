@@ -16,6 +16,7 @@ MASKS = {
     "keys": KEYS_ALIVE,
     "queries and keys": torch.ones(5, 7).tril(2).bool(),
     "per head": torch.arange(3 * 5 * 7).view(3, 5, 7) % 3 > 0,
+    "added": tiny.normal(3, 7),
 }
 
 
@@ -29,6 +30,14 @@ def test_reference_is_softmax_attention():
         ]
         expected = sum(w * V[batch, key, head] for key, w in enumerate(weights)) / sum(weights)
         torch.testing.assert_close(output[batch, query, head], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_added_logarithm_counts_a_key_so_many_times(backend):
+    attention = attention_backend(backend)
+    bias = torch.tensor([0, math.log(3), 0, -math.inf, 0, 0, math.log(2)])
+    repeated = torch.tensor([0, 1, 1, 1, 2, 4, 5, 6, 6])
+    torch.testing.assert_close(attention(Q, K, V, bias), attention(Q, K[:, repeated], V[:, repeated]))
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -149,6 +149,15 @@ BAD = [
     ({"overrides": {"window": 5}}, "window = 5 cannot hold sink = 3 and a block of 3 .* at least 6"),
     ({"overrides": {"positions": "polar"}}, "positions = 'polar' is not known: choose one of"),
     ({"overrides": {"transition": "fade"}}, "transition = 'fade' is not known: choose one of"),
+    (
+        {"overrides": {"sampler": "rolling", "window": 8}},
+        "window = 8 cannot hold sink = 3 and 2 blocks of 3 .* 9",
+    ),
+    (
+        {"overrides": {"sampler": "rolling"}, "noise": "reference"},
+        "noise = 'reference' draws .*: take noise = 'seed",
+    ),
+    ({"method": "rolling_forcing", "noise": "reference"}, "noise = 'reference' draws block after block"),
     ({"noise": "pink"}, "noise = 'pink' is not known: choose one of seeded, reference"),
     ({"attention": "flash9"}, "attention backend = 'flash9' is not known: choose one of auto"),
     ({"output_type": "gif"}, "output_type = 'gif' is not known: choose one of pil, np, pt, latent"),

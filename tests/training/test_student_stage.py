@@ -20,17 +20,21 @@ from streamvid.schedule import FewStepFlowScheduler
 from streamvid.training import student_stage
 from streamvid.training.latents import BLOCKS, Clips
 from streamvid.training.student_stage import (
+    COUPLED_PLACES,
+    COUPLED_SIGMA,
+    FIRST_STEP_SHARE,
     SCENERY_CELLS,
     VALIDATION_CLIPS,
     StudentStage,
     _beside,
     couple_noise,
+    coupling_directions,
     mean_latents,
     subject_weight,
 )
 from streamvid.training.text_stage import build_tokenizer
 from streamvid.transformer import CausalWanTransformer3DModel, PromptKV
-from streamvid.world.scene import ATTRIBUTES, change_scene, sample_scene, sample_scenery
+from streamvid.world.scene import ATTRIBUTES, SCENERY, change_scene, sample_scene, sample_scenery
 
 TRANSFORMER = {
     "num_attention_heads": 2,
@@ -410,7 +414,17 @@ def test_noise_levels_are_those_of_the_sampler_and_some_between(stage):
     quantile = torch.special.ndtri(scenery.clamp(1e-4, 1 - 1e-4))[:, None]
     first = sigma[:, :, 0]
     coupled = (projections(noisy) - first[..., None] * quantile).abs().amax(-1) < 1e-4
-    assert torch.equal(coupled, first == 1.0) and 0 < coupled.sum() < coupled.numel()
+    assert torch.equal(coupled, first >= COUPLED_SIGMA) and 0 < coupled.sum() < coupled.numel()
+    assert ((first < 1.0) & coupled).any()
+
+
+def test_first_blocks_see_pure_noise_more_often(stage):
+    made = stage()
+    torch.manual_seed(0)
+    _, sigma = made._noisy(torch.zeros(400, 16, 3, 4, 4), 4, torch.rand(400, 6))
+    share = (sigma[:, :, 0] == 1.0).float().mean()
+    expected = FIRST_STEP_SHARE + (1 - FIRST_STEP_SHARE) * 0.75 / len(made.scheduler.steps)
+    assert share == pytest.approx(expected, abs=0.04)
 
 
 def test_context_noise_is_in_half_of_the_clips_up_to_its_limit(stage):
@@ -428,20 +442,32 @@ def test_context_noise_is_in_half_of_the_clips_up_to_its_limit(stage):
 
 def projections(noise: torch.Tensor) -> torch.Tensor:
     """Of the noise on the six unit vectors of the coupling, `[B, S, 6]`."""
-    return noise[:, :, :6, 0, :4, :4].sum((-1, -2)) / 4
+    return (noise[:, :, :6, 0] * coupling_directions(*noise.shape[-2:])).sum((-1, -2))
+
+
+def test_directions_are_unit_vectors_where_their_variable_shows():
+    directions = coupling_directions(8, 16)
+    torch.testing.assert_close(directions.flatten(1).norm(dim=1), torch.ones(6))
+    assert list(COUPLED_PLACES) == list(SCENERY)
+    for direction, (row, weights) in zip(directions, COUPLED_PLACES.values(), strict=True):
+        places = direction.unflatten(0, (4, 2)).unflatten(2, (4, 4))
+        assert (places == places[:, :1, :, :1]).all()  # constant within a place
+        expected = torch.zeros(4, 4)
+        expected[row] = torch.tensor(weights, dtype=torch.float)
+        torch.testing.assert_close(places[:, 0, :, 0] / places.abs().max(), expected)
 
 
 def test_coupled_noise_has_the_quantile_as_its_projection():
-    noise, scenery = torch.randn(50, 2, 8, 3, 5, 6), torch.rand(50, 6)
+    noise, scenery = torch.randn(50, 2, 8, 3, 4, 8), torch.rand(50, 6)
     coupled = couple_noise(noise, scenery, torch.ones(50, 2, dtype=torch.bool))
     quantile = torch.special.ndtri(scenery.clamp(1e-4, 1 - 1e-4))
     for stream in range(2):
         torch.testing.assert_close(projections(coupled)[:, stream], quantile, atol=1e-5, rtol=1e-5)
-    # all other directions stay: the rest of the patch, other channels, frames and places
-    mean, old = (x[:, :, :6, 0, :4, :4].mean((-1, -2), keepdim=True) for x in (coupled, noise))
+    # all other directions stay
+    directions = coupling_directions(4, 8)
     rest, before = coupled.clone(), noise.clone()
-    rest[:, :, :6, 0, :4, :4] -= mean
-    before[:, :, :6, 0, :4, :4] -= old
+    rest[:, :, :6, 0] -= projections(coupled)[..., None, None] * directions
+    before[:, :, :6, 0] -= projections(noise)[..., None, None] * directions
     torch.testing.assert_close(rest, before, atol=1e-5, rtol=0)
 
 
@@ -466,7 +492,8 @@ def test_coupled_noise_is_standard_normal():
     assert (covariance - torch.eye(96)).abs().max() < 1.5 * error
     for moment, expected in ((3, 0.0), (4, 3.0)):
         assert (coupled**moment).mean() == pytest.approx(expected, abs=0.06)
-    ordered = (coupled[:, :16].sum(1) / 4).sort().values  # Kolmogorov-Smirnov
+    first = coupled.unflatten(1, (6, 4, 4))[:, 0]
+    ordered = (first * coupling_directions(4, 4)[0]).sum((1, 2)).sort().values  # Kolmogorov-Smirnov
     distance = (torch.special.ndtr(ordered) - torch.arange(count) / count).abs().max()
     assert distance < 1.63 / count**0.5
 
