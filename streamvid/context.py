@@ -256,8 +256,7 @@ class ContextCache:
 
     def reanchor(self) -> None:
         """The latest frames become the window and the oldest of them the sink; their keys have yet to be written."""
-        last = self.planner.next_frame
-        frames = range(max(self.planner.scene_start, last - self.options.window), last)
+        frames = self.planner.latest_frames
         if frames:
             self.planner.reanchor(frames)
             if self.ledger is not None:

@@ -88,10 +88,8 @@ class _Recorder:
 
     def reanchor(self) -> None:
         """The window part of `ContextCache.reanchor`."""
-        planner = self.planner
-        start = max(planner.scene_start, planner.next_frame - self.options.window)
-        if start < planner.next_frame:
-            planner.reanchor(range(start, planner.next_frame))
+        if self.planner.latest_frames:
+            self.planner.reanchor(self.planner.latest_frames)
 
     def begin(self, plan: BlockPlan) -> None:
         """A forward is about to run."""

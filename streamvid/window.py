@@ -269,6 +269,11 @@ class WindowPlanner:
         pinned = [frame for frame in recent if frame < self.next_frame - self.options.window]
         return sink, pinned, recent[len(pinned) :]
 
+    @property
+    def latest_frames(self) -> range:
+        """The last frames of the scene, as many as a window holds: what a window can be made anew from."""
+        return range(max(self.scene_start, self.next_frame - self.options.window), self.next_frame)
+
     def reanchor(self, frames: Sequence[int]) -> None:
         """The window becomes `frames`, the first of them the new sink; their keys have yet to be written."""
         self.slot_of = {frame: slot for slot, frame in enumerate(frames)}
