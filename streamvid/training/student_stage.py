@@ -37,7 +37,6 @@ from streamvid.world.scene import ATTRIBUTES, SCENERY, Scene
 VALIDATION_CLIPS = 64
 COUPLED_SIGMA = 0.95  # noise of this level and above is coupled to the scenery; below, the latents show it
 FIRST_STEP_SHARE = 0.4  # of first blocks seen at pure noise
-SCENERY_CELLS = torch.tensor([len(values) for values in SCENERY.values()])
 
 
 class StudentStage(Stage):
@@ -157,7 +156,7 @@ class StudentStage(Stage):
         return {
             "kind": kind,
             "latents": latents[:, :, : blocks * FRAMES_PER_BLOCK],
-            "scenery": (clips.scenery[index] + torch.rand(len(index), len(SCENERY))) / SCENERY_CELLS,
+            "scenery": _coupled_scenery(clips.scenery[index]),
             "text": self._encode(prompts).unflatten(0, (len(index), blocks)),
             "recached": self._recached_text(labels, rng) if kind == "teacher forcing" else None,
             "weight": weight,
@@ -370,15 +369,22 @@ def initialise(transformer: CausalWanTransformer3DModel) -> None:
 
 
 # Where the noise tells each unnamed variable: a row of the picture cut into 4 x 4 places, and weights of its columns. It is
-# where the variable shows, so that a network finds it in the very tokens that need it.
+# where the variable shows, so that a network finds it in the very tokens that need it. Differences of places were found
+# by the student, sums of a whole row were not.
 COUPLED_PLACES: dict[str, tuple[int, tuple[float, ...]]] = {
     "subject_x": (2, (0, 1, -1, 0)),
-    "hills": (2, (1, 1, 1, 1)),
-    "ground_phase": (3, (1, 1, 1, 1)),
+    "hills": (2, (0, 1, -1, 0)),
     "sun_x": (0, (1, 0, -1, 0)),
-    "clouds": (0, (1, 1, 1, 1)),
-    "phase": (2, (0, 1, 1, 0)),
+    "clouds": (0, (1, 0, -1, 0)),
+    "phase": (2, (0, 1, -1, 0)),
 }
+
+
+def _coupled_scenery(cells: torch.Tensor) -> torch.Tensor:
+    """Every coupled variable as a uniform number of its place's interval in [0, 1), `[B, K]`, of cells `[B, 6]`."""
+    columns = [list(SCENERY).index(name) for name in COUPLED_PLACES]
+    places = torch.tensor([len(SCENERY[name]) for name in COUPLED_PLACES])
+    return (cells[:, columns] + torch.rand(len(cells), len(columns))) / places
 
 
 def coupling_directions(height: int, width: int) -> torch.Tensor:

@@ -23,7 +23,6 @@ from streamvid.training.student_stage import (
     COUPLED_PLACES,
     COUPLED_SIGMA,
     FIRST_STEP_SHARE,
-    SCENERY_CELLS,
     VALIDATION_CLIPS,
     StudentStage,
     _beside,
@@ -48,6 +47,11 @@ TRANSFORMER = {
 SCHEDULER = {"shift": 3.0, "denoising_steps": [1000, 500], "prediction_type": "sample"}
 WINDOW = {"frames_per_block": 3, "window": 12, "sink": 3, "positions": "cache_relative"}
 CLIPS, FIRST_BLOCKS = VALIDATION_CLIPS + 40, 13
+
+
+COUPLED = [list(SCENERY).index(name) for name in COUPLED_PLACES]  # columns of a clip's cells
+PLACES = torch.tensor([len(SCENERY[name]) for name in COUPLED_PLACES])
+K = len(COUPLED)
 
 
 def synthetic_clips(count: int = CLIPS, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -177,7 +181,7 @@ def test_first_block_steps_learn_the_shards_of_first_blocks(stage):
     }
     for latents, scenery in zip(batch["latents"], batch["scenery"], strict=True):
         cells = expected.pop(latents.transpose(0, 1).half().contiguous().numpy().tobytes())
-        assert torch.equal((scenery * SCENERY_CELLS).floor().long(), cells)
+        assert torch.equal((scenery * PLACES).floor().long(), cells[COUPLED])
     assert not expected  # all of them, once
     loss, metrics = made(batch)
     assert loss > 0 and list(metrics) == ["error_first_block"]
@@ -188,8 +192,7 @@ def test_scenery_of_a_batch_is_anywhere_in_its_places(stage):
     made = stage()
     torch.manual_seed(0)
     batches = torch.stack([prepared(made, "first block", range(40))["scenery"] for _ in range(5)])
-    assert SCENERY_CELLS.tolist() == [2, 8, 3, 3, 8, 2]
-    inside = batches * SCENERY_CELLS - made.clips.scenery  # 5 40 6
+    inside = batches * PLACES - made.clips.scenery[:, COUPLED]  # 5 40 K
     assert inside.min() >= 0 and inside.max() <= 1
     count = inside[..., 0].numel()
     assert (inside.flatten(0, 1).mean(0) - 0.5).abs().max() < 4 / (12 * count) ** 0.5
@@ -399,7 +402,7 @@ def test_every_stream_hears_the_prompts_and_the_context_what_it_was_told(kind, s
 def test_noise_levels_are_those_of_the_sampler_and_some_between(stage):
     made = stage()
     torch.manual_seed(0)
-    clean, scenery = torch.zeros(200, 16, 15, 4, 4), torch.rand(200, 6)
+    clean, scenery = torch.zeros(200, 16, 15, 4, 4), torch.rand(200, K)
     noisy, sigma = made._noisy(clean, 2, scenery)
     assert noisy.shape == (200, 2, 16, 15, 4, 4) and sigma.shape == (200, 2, 15)
     per_block = sigma.unflatten(2, (BLOCKS, 3))
@@ -421,7 +424,7 @@ def test_noise_levels_are_those_of_the_sampler_and_some_between(stage):
 def test_first_blocks_see_pure_noise_more_often(stage):
     made = stage()
     torch.manual_seed(0)
-    _, sigma = made._noisy(torch.zeros(400, 16, 3, 4, 4), 4, torch.rand(400, 6))
+    _, sigma = made._noisy(torch.zeros(400, 16, 3, 4, 4), 4, torch.rand(400, K))
     share = (sigma[:, :, 0] == 1.0).float().mean()
     expected = FIRST_STEP_SHARE + (1 - FIRST_STEP_SHARE) * 0.75 / len(made.scheduler.steps)
     assert share == pytest.approx(expected, abs=0.04)
@@ -441,14 +444,14 @@ def test_context_noise_is_in_half_of_the_clips_up_to_its_limit(stage):
 
 
 def projections(noise: torch.Tensor) -> torch.Tensor:
-    """Of the noise on the six unit vectors of the coupling, `[B, S, 6]`."""
-    return (noise[:, :, :6, 0] * coupling_directions(*noise.shape[-2:])).sum((-1, -2))
+    """Of the noise on the unit vectors of the coupling, `[B, S, K]`."""
+    return (noise[:, :, :K, 0] * coupling_directions(*noise.shape[-2:])).sum((-1, -2))
 
 
 def test_directions_are_unit_vectors_where_their_variable_shows():
     directions = coupling_directions(8, 16)
-    torch.testing.assert_close(directions.flatten(1).norm(dim=1), torch.ones(6))
-    assert list(COUPLED_PLACES) == list(SCENERY)
+    torch.testing.assert_close(directions.flatten(1).norm(dim=1), torch.ones(K))
+    assert set(COUPLED_PLACES) == {name for name, places in SCENERY.items() if len(places) > 1}
     for direction, (row, weights) in zip(directions, COUPLED_PLACES.values(), strict=True):
         places = direction.unflatten(0, (4, 2)).unflatten(2, (4, 4))
         assert (places == places[:, :1, :, :1]).all()  # constant within a place
@@ -458,7 +461,7 @@ def test_directions_are_unit_vectors_where_their_variable_shows():
 
 
 def test_coupled_noise_has_the_quantile_as_its_projection():
-    noise, scenery = torch.randn(50, 2, 8, 3, 4, 8), torch.rand(50, 6)
+    noise, scenery = torch.randn(50, 2, 8, 3, 4, 8), torch.rand(50, K)
     coupled = couple_noise(noise, scenery, torch.ones(50, 2, dtype=torch.bool))
     quantile = torch.special.ndtri(scenery.clamp(1e-4, 1 - 1e-4))
     for stream in range(2):
@@ -466,13 +469,13 @@ def test_coupled_noise_has_the_quantile_as_its_projection():
     # all other directions stay
     directions = coupling_directions(4, 8)
     rest, before = coupled.clone(), noise.clone()
-    rest[:, :, :6, 0] -= projections(coupled)[..., None, None] * directions
-    before[:, :, :6, 0] -= projections(noise)[..., None, None] * directions
+    rest[:, :, :K, 0] -= projections(coupled)[..., None, None] * directions
+    before[:, :, :K, 0] -= projections(noise)[..., None, None] * directions
     torch.testing.assert_close(rest, before, atol=1e-5, rtol=0)
 
 
 def test_coupling_touches_chosen_streams_only():
-    noise, scenery = torch.randn(6, 3, 8, 3, 4, 4), torch.rand(6, 6)
+    noise, scenery = torch.randn(6, 3, 8, 3, 4, 4), torch.rand(6, K)
     only, given = torch.tensor([[True, False, True], [False, True, False]] * 3), noise.clone()
     coupled = couple_noise(noise, scenery, only)
     assert torch.equal(coupled[~only], noise[~only])
@@ -484,7 +487,7 @@ def test_coupled_noise_is_standard_normal():
     """For uniform scenery: moments of the coupled directions and their neighbours, and no correlations."""
     torch.manual_seed(0)
     count = 20_000
-    noise, scenery = torch.randn(count, 1, 6, 1, 4, 4), torch.rand(count, 6)
+    noise, scenery = torch.randn(count, 1, 6, 1, 4, 4), torch.rand(count, K)
     coupled = couple_noise(noise, scenery, torch.ones(count, 1, dtype=torch.bool))[:, 0, :, 0].flatten(1)
     error = 4 / count**0.5
     assert coupled.mean(0).abs().max() < error

@@ -8,10 +8,32 @@ import pytest
 from streamvid.world.backdrop import draw_backdrop
 from streamvid.world.render import FADE_FRAMES, camera_position, render_clip, render_frame
 from streamvid.world.scene import ATTRIBUTES, Scene, Scenery, sample_scene, sample_scenery
-from streamvid.world.scene import SCENERY as GRID
+from streamvid.world.scene import SCENERY as PLACES
 
 SCENE = Scene("star", "yellow", "large", "bounces", "meadow", "day", "clear")
 SCENERY = Scenery(0.5, 0.3, 0.2, 0.1, 0.6, 0.25)
+
+# All places 32 px apart (marks: within their period of 48), of which worlds use some.
+GRID = {
+    "subject_x": (0.1, 0.9),
+    "hills": tuple(k / 8 for k in range(8)),
+    "ground_phase": (0.0, 1 / 3, 2 / 3),
+    "sun_x": (0.0, 1 / 3, 2 / 3),
+    "clouds": tuple(k / 8 for k in range(8)),
+    "phase": (0.0, 0.5),
+}
+
+
+def test_worlds_use_places_on_the_grid():
+    assert {name: set(places) <= set(GRID[name]) for name, places in PLACES.items()} == dict.fromkeys(
+        GRID, True
+    )
+
+
+def at_cells(cells) -> Scenery:
+    return Scenery(*(places[cell] for places, cell in zip(GRID.values(), cells, strict=True)))
+
+
 BELOW_CLOUDS = slice(54, 128)
 GROUND = slice(88, 128)
 
@@ -56,11 +78,9 @@ def test_every_place_of_the_scenery_changes_the_picture(name):
 
 def moved_by_a_step(scenery, **steps):
     """Scenery some places further on the grid, which wraps around."""
-    return Scenery.from_cells(
-        [
-            (cell + steps.get(name, 0)) % len(values)
-            for cell, (name, values) in zip(scenery.cells(), GRID.items(), strict=True)
-        ]
+    return at_cells(
+        (values.index(getattr(scenery, name)) + steps.get(name, 0)) % len(values)
+        for name, values in GRID.items()
     )
 
 
@@ -71,7 +91,7 @@ def test_a_step_of_everything_on_the_grid_moves_the_picture_by_32_px(ground, sky
     """To the right. Hills go left with their number; marks go right by 16 px, which is 32 to the left of their 48."""
     scene = replace(SCENE, ground=ground, sky=sky, weather=weather)
     for step in range(8):
-        here = Scenery.from_cells([0, step, step % 3, step % 2, 7 - step, step % 2])
+        here = at_cells([0, step, step % 3, step % 2, 7 - step, step % 2])
         there = moved_by_a_step(here, subject_x=1, hills=-1, ground_phase=-1, sun_x=1, clouds=1)
         first, second = (render_frame([(0, scene)], scenery, 5) for scenery in (here, there))
         # lines that cross the picture's edge are smoothed differently in its last column
@@ -91,7 +111,7 @@ def test_neighbouring_places_of_a_landscape_differ_by_a_shift(name):
     rows, shift = ALONE[name]
     seen = []
     for cell in range(len(GRID[name])):
-        here = moved_by_a_step(Scenery.from_cells([0] * 6), **{name: cell})
+        here = moved_by_a_step(at_cells([0] * 6), **{name: cell})
         first, second = (
             draw_backdrop(SCENE, scenery, 0, 0.0, 128).picture()[rows, 65:127]
             for scenery in (here, moved_by_a_step(here, **{name: 1}))

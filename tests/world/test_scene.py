@@ -89,8 +89,8 @@ def test_cells_round_trip_over_the_whole_grid():
     grid = list(itertools.product(*(range(len(values)) for values in SCENERY.values())))
     places = [Scenery.from_cells(cells) for cells in grid]
     assert [scenery.cells() for scenery in places] == grid
-    assert len(set(places)) == len(grid) == 2 * 8 * 3 * 3 * 8 * 2
-    assert Scenery.from_cells([1, 6, 2, 1, 5, 1]) == Scenery(0.9, 0.75, 2 / 3, 1 / 3, 0.625, 0.5)
+    assert len(set(places)) == len(grid) == 2 * 2 * 1 * 3 * 2 * 2
+    assert Scenery.from_cells([1, 0, 0, 2, 1, 1]) == Scenery(0.9, 0.0, 0.0, 2 / 3, 0.375, 0.5)
 
 
 def test_what_is_not_on_the_grid_has_no_cells():
@@ -114,4 +114,4 @@ def test_scenery_is_uniform_on_its_grid(sample):
         assert set(times) == set(values)
         share = 1 / len(values)
         error = 4 * (share * (1 - share) / count) ** 0.5
-        assert all(abs(n / count - share) < error for n in times.values())
+        assert all(abs(n / count - share) <= error for n in times.values())
