@@ -2,7 +2,7 @@
 
 A case is a folder with `case.json`, `weights.safetensors`, `inputs.safetensors` and `outputs.safetensors`. Every setting
 comes from its `case.json`; one that is not known is refused, never ignored. What a case records decides what is run: a
-stream (streamvid.parity_stream), one bidirectional forward, a VAE or scheduler tables.
+stream (streamvid.parity_stream), losses (streamvid.parity_losses), one bidirectional forward, a VAE or scheduler tables.
 
     rows = run_case("golden/self_forcing")      # float32 on the CPU
     print(format_report("self_forcing", rows))
@@ -24,6 +24,7 @@ from streamvid.checkpoints import fit, vae_state
 from streamvid.decoding import decode, decoder_state, encode, encoder_state
 from streamvid.errors import UserError
 from streamvid.parity_case import EXACT, FORWARD, PIXELS, SCHEDULE, Case, Row, Tensors, compare
+from streamvid.parity_losses import run_losses
 from streamvid.parity_stream import LATENT_KEYS, case_transformer, run_stream
 from streamvid.schedule import FewStepFlowScheduler, flow_table, training_weights
 from streamvid.transformer import CausalWanTransformer3DModel
@@ -212,12 +213,12 @@ def conversions(case: Case, scheduler: FewStepFlowScheduler) -> Tensors:
 # --- command ----------------------------------------------------------------------------------------------------------
 
 # What a case is: the first whose keys are there.
-KINDS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool], Callable[[Case], Iterator[Row]] | None], ...] = (
-    ("a stream", lambda s: "streaming" in s, run_stream),
-    ("one forward", lambda s: "timesteps" in s and "model" in s, run_forward),
-    ("a VAE", lambda s: "base_dim" in s.get("config", {}), run_vae),
-    ("scheduler tables", lambda s: "shifts" in s.get("config", {}), run_scheduler),
-    ("losses of distribution matching", lambda s: "variants" in s, None),
+KINDS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Case], Iterator[Row]]], ...] = (
+    (lambda s: "streaming" in s, run_stream),
+    (lambda s: "timesteps" in s and "model" in s, run_forward),
+    (lambda s: "base_dim" in s.get("config", {}), run_vae),
+    (lambda s: "shifts" in s.get("config", {}), run_scheduler),
+    (lambda s: "variants" in s, run_losses),
 )
 
 
@@ -228,10 +229,8 @@ def run_case(folder: str | Path) -> list[Row]:
         UserError: the folder is no case, or asks for what does not exist.
     """
     case = Case(folder)
-    for what, fits, run in KINDS:
+    for fits, run in KINDS:
         if fits(case.settings):
-            if run is None:
-                raise case.missing("the case", what)
             try:
                 return list(run(case))
             except UserError:
@@ -241,7 +240,7 @@ def run_case(folder: str | Path) -> list[Row]:
                     f"{case.folder} cannot be replayed ({type(error).__name__}: {str(error).splitlines()[0]}): "
                     "its settings and tensors do not fit each other; record it again"
                 ) from error
-    raise UserError(f"{case.folder}/case.json describes no kind of case: stream, forward, VAE or scheduler")
+    raise UserError(f"{case.folder}/case.json describes no kind of case: stream, forward, VAE, scheduler or losses")
 
 
 def format_report(title: str, rows: Sequence[Row]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from diffusers import AutoencoderKLWan
 
-from streamvid.checkpoints import load_transformer
+from streamvid.checkpoints import build_transformer, extract_transformer
 from streamvid.errors import UserError
 from streamvid.parity_case import EXACT, FORWARD, LATENTS, SCHEDULE, SCORES, X0, Case, Row, Tensors, compare
 from streamvid.parity_settings import (
@@ -44,8 +44,8 @@ MODEL_OPTIONS = {
 MODEL_FIXED = {"model_type": "t2v", "qk_norm": True, "rope_theta": THETA}
 
 
-def case_transformer(case: Case) -> CausalWanTransformer3DModel:
-    """The case's network with its weights."""
+def case_transformer(case: Case, prefix: str = "") -> CausalWanTransformer3DModel:
+    """The case's network with its weights, or with those whose names begin with `prefix`."""
     model = case.section("model", [*MODEL_OPTIONS, *MODEL_FIXED, "dim", "rope_complex_pairs_t_h_w"], [])
     for key, value in MODEL_FIXED.items():
         if model.get(key, value) != value:
@@ -65,7 +65,13 @@ def case_transformer(case: Case) -> CausalWanTransformer3DModel:
         config["patch_size"] = tuple(config["patch_size"])
         if config["patch_size"][0] != 1:
             raise case.missing(f"model.patch_size = {model['patch_size']}", "patches of several frames")
-    return load_transformer(case.folder / "weights.safetensors", config)
+    path = str(case.folder / "weights.safetensors")
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in case.tensors("weights").items()
+        if name.startswith(prefix)
+    }
+    return build_transformer(extract_transformer(weights, None, path), config, path).eval()
 
 
 class RecordingScheduler(FewStepFlowScheduler):

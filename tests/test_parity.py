@@ -30,6 +30,10 @@ def update(section: str, **values):
     return lambda settings: settings[section].update(values)
 
 
+def variant(name: str, **values):
+    return lambda settings: settings["variants"][name].update(values)
+
+
 def failed(rows) -> list[str]:
     return [row.name for row in rows if not row.ok]
 
@@ -48,6 +52,7 @@ def test_all_cases_are_here():
         "deep_forcing",
         "deep_forcing_ds",
         "deep_forcing_short_window",
+        "dmd_loss",
         "longlive_infinite",
         "longlive_recache_global_sink",
         "longlive_recache_no_global_sink",
@@ -87,6 +92,14 @@ def test_all_cases_are_here():
         ("scheduler", update("config", sigma_min=0.01)),
         ("scheduler", update("denoising_lists", two_step=[1000, 600])),
         ("wan_bidirectional", update("model", eps=1e-2)),
+        ("dmd_loss", variant("dmd", real_guidance_scale=2.9)),
+        ("dmd_loss", variant("dmd", timestep_shift=4.9)),
+        ("dmd_loss", variant("dmd_unshifted", min_step=979)),
+        ("dmd_loss", variant("dmd", max_step=700)),
+        ("dmd_loss", variant("dmd", generator_timestep_shift=8.0)),
+        ("dmd_loss", variant("dmd_fake_cfg", fake_guidance_scale=1.4)),
+        ("dmd_loss", variant("redmd", beta=1.9)),
+        ("dmd_loss", variant("critic", score_models_timestep_shift=5.0)),
     ],
 )
 def test_another_setting_is_out_of_tolerance(tmp_path, name, change, capsys):
@@ -207,7 +220,11 @@ def test_a_level_of_noise_in_the_context_pass_is_an_option(tmp_path):
         ("vae_stream", update("config", attn_scales=[1.0]), "does not fit the recorded VAE"),
         ("vae_stream", update("config", is_residual=True), "config.is_residual = True is not known"),
         ("scheduler", update("config", num_inference_steps=50), "a training table of another length"),
-        ("scheduler", lambda s: (s.pop("config"), s.update(variants={})), "losses of distribution matching"),
+        ("dmd_loss", variant("dmd", ts_schedule=True), "timesteps bound to the exit step"),
+        ("dmd_loss", variant("dmd", min_score_timestep=20), "timesteps that do not start at 0"),
+        ("dmd_loss", variant("critic", denoising_loss_type="x0"), "another loss than flow"),
+        ("dmd_loss", variant("dmd", gamma=1.0), "variants.dmd.gamma is not known"),
+        ("dmd_loss", update("latent", F=5), "latent does not match generator_x0"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, name, change, message, capsys):
