@@ -15,6 +15,7 @@ import torch
 
 from streamvid.errors import UserError
 from streamvid.methods import load_method
+from streamvid.world.probe import AttributeProbe
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -54,6 +55,12 @@ def resolve_model(name: str) -> str:
     hint = f" (did you mean {near[0]}?)" if near else ""
     known = ", ".join([*models, "a folder with model_index.json"])
     raise UserError(f"model = {name!r} is not known{hint}: give {known}, or a hub id")
+
+
+def load_probe(model: str) -> AttributeProbe | None:
+    """The probe shipped with a model of the embedded world; None for other models."""
+    file = Path(resolve_model(model)) / "probe" / "probe.safetensors"
+    return AttributeProbe.load(file) if file.is_file() else None
 
 
 def choose_device(name: str = "auto") -> torch.device:
