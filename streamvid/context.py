@@ -7,14 +7,14 @@ never a copy. The block being denoised writes into the slots it will own and att
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from streamvid.compression import TokenLedger
 from streamvid.kernels.attention import attention_backend
-from streamvid.rope import Rotation, rotate, rotation
+from streamvid.rope import Rotation, rotate, rotation, temporal_frequencies
 from streamvid.window import BlockPlan, WindowOptions, WindowPlanner, WindowSlot
 
 SINK_PRECISIONS = ("float32", "native")
@@ -46,6 +46,8 @@ class ContextCache:
         sink_decay: share of the sink that stays when an evicted frame is averaged into it (Reward Forcing, equation 6).
         sink_precision: of the averages: float32, or the cache's own, in which a decay near 1 does nothing in bfloat16.
         past_bias: factor on the attention weight of finished frames other than the first (Daydream Scope's log-bias).
+        trained_frames, far_decay: factor on the attention weight of frames seen so far from the block's last or further.
+        rope_interpolation, head_jitter: of `temporal_frequencies`.
         importance, max_reuse: of `TokenLedger`.
     """
 
@@ -64,6 +66,10 @@ class ContextCache:
         sink_decay: float = 0.999,
         sink_precision: str = "float32",
         past_bias: float = 1.0,
+        trained_frames: int | None = None,
+        far_decay: float = 1.0,
+        rope_interpolation: float = 1.0,
+        head_jitter: float = 0.0,
         importance: str = "sum",
         max_reuse: int = 7,
     ):
@@ -72,6 +78,8 @@ class ContextCache:
         self.grid, self.head_dim, self.device = grid, head_dim, device
         self.tokens_per_frame = grid[0] * grid[1]
         self.sink_decay, self.past_bias = sink_decay, past_bias
+        self.trained_frames, self.far_decay = trained_frames, far_decay
+        self.temporal = temporal_frequencies(head_dim, heads, trained_frames, rope_interpolation, head_jitter)
         shape = (layers, batch, options.slots * self.tokens_per_frame, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
@@ -112,9 +120,7 @@ class ContextCache:
         """Prepare the forwards of a block: rotation of its tokens, slots to write, keys that have to be re-aligned."""
         self._plan = plan
         anchor = self._anchor(plan)
-        self._rotation = rotation(
-            [slot.position + anchor for slot in plan.own], *self.grid, self.head_dim, self.device
-        )
+        self._rotation = self._turn(slot.position + anchor for slot in plan.own)
         self._own = contiguous_runs([slot.slot for slot in plan.own], self.tokens_per_frame)
         if self.options.fuse:
             self._fuse(plan)
@@ -142,13 +148,16 @@ class ContextCache:
         stays = own.frame in self.planner.slot_of
         return (self.rotated_at.get(own.frame, own.frame) if stays else own.frame) - own.position
 
+    def _turn(self, positions: Iterable[float]) -> Rotation:
+        return rotation(list(positions), *self.grid, self.head_dim, self.device, self.temporal)
+
     def _span(self, slot: int) -> slice:
         return slice(slot * self.tokens_per_frame, (slot + 1) * self.tokens_per_frame)
 
     def _realign(self, slot: WindowSlot, position: float) -> None:
         """Rotate a sink slot's raw key to a new position, in all layers."""
         raw_keys = self.raw_keys if self._fused_for is None else self.fused_keys
-        by = rotation([position], *self.grid, self.head_dim, self.device)
+        by = self._turn([position])
         span = self._span(slot.slot)
         self.keys[:, :, span] = rotate(raw_keys[:, :, span], by)
         self.rotated_at[slot.frame] = position
@@ -162,7 +171,7 @@ class ContextCache:
             self.fused_values.copy_(self.sink_values)
             decay = 0.0 if plan.overwrites else self.sink_decay
             for frame, (evicted, sink) in zip(plan.evicted, plan.fused, strict=False):
-                by = rotation([self.rotated_at[frame]], *self.grid, self.head_dim, self.device)
+                by = self._turn([self.rotated_at[frame]])
                 source, target = self._span(evicted), self._span(sink)
                 keys = rotate(self.keys[:, :, source].to(self.raw_keys.dtype), Rotation(by.cos, -by.sin))
                 for average, new in (
@@ -183,12 +192,19 @@ class ContextCache:
         self._length = (attended[-1] + 1) * self.tokens_per_frame
         self._mask = None
         dead = len(attended) <= attended[-1]
-        past = [slot.slot for slot in plan.window[1:] if slot not in plan.own]
-        if self.past_bias != 1.0 and past:
-            bias = torch.full((attended[-1] + 1,), float("-inf"), dtype=self.keys.dtype, device=self.device)
-            bias[attended] = 0.0
-            bias[past] = math.log(self.past_bias)
-            self._mask = bias.repeat_interleave(self.tokens_per_frame)
+        bias = {}
+        if self.past_bias != 1.0:
+            bias = {slot.slot: math.log(self.past_bias) for slot in plan.window[1:] if slot not in plan.own}
+        if self.far_decay != 1.0 and self.trained_frames is not None:
+            nearest = (
+                plan.own[-1].position - self.trained_frames
+            )  # that is far; compressed tokens are nowhere
+            far = [slot.slot for slot in plan.window if slot.position <= nearest]
+            bias |= {slot: bias.get(slot, 0.0) + math.log(self.far_decay) for slot in far}
+        if bias:
+            added = torch.full((attended[-1] + 1,), float("-inf"), dtype=self.keys.dtype, device=self.device)
+            added[attended] = torch.tensor([bias.get(slot, 0.0) for slot in attended]).to(added)
+            self._mask = added.repeat_interleave(self.tokens_per_frame)
         elif dead:
             alive = torch.zeros(attended[-1] + 1, dtype=torch.bool, device=self.device)
             alive[attended] = True
@@ -298,8 +314,7 @@ class ContextCache:
         )
         keys, values = self.keys[layer][:, index], self.values[layer][:, index]
         if not rotated:
-            at = [self.rotated_at[frame] for frame in frames]
-            by = rotation(at, *self.grid, self.head_dim, self.device)
+            by = self._turn(self.rotated_at[frame] for frame in frames)
             keys = rotate(keys, Rotation(by.cos, -by.sin))
         return keys, values
 

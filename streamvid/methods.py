@@ -40,6 +40,12 @@ COUNTS_WITH: dict[str, tuple[str, Callable[[Method], bool]]] = {
     ),
     "shot_offset": ("other positions", lambda m: m.positions != "cache_relative"),
     "context_window": ("sampler = rolling", lambda m: m.sampler == "rolling"),
+    "far_decay": ("trained_frames", lambda m: m.trained_frames is not None),
+    "rope_interpolation": ("trained_frames", lambda m: m.trained_frames is not None),
+    "trained_frames": (
+        "far_decay or rope_interpolation",
+        lambda m: m.far_decay != 1.0 or m.rope_interpolation != 1.0,
+    ),
 }
 
 
@@ -60,6 +66,11 @@ class Method:
         first_sink_shift: positions that the sink moves at the first eviction, with positions = deep_forcing_release.
         shot_offset, pin_shots: positions skipped at a new shot; whether its first frames stay in the window.
         past_bias: factor in (0, 1] on the attention weight of past frames other than the first (Daydream Scope).
+        trained_frames: latent frames of the videos that the weights were trained on; what counts as far and as slow.
+        far_decay: factor in (0, 1] on the attention weight of frames seen `trained_frames` or further away (UltraViCo).
+        rope_interpolation: how much the temporal frequencies that training saw too little of are slowed down (FLEX).
+        head_jitter: how much the heads' temporal frequencies differ, as a share of the base (LoL).
+        noise_correlation: of the noise of neighbouring frames in a block, negative for antiphase noise (FLEX).
         denoising_steps: levels of the few-step sampler before warping; None takes those of the model's scheduler.
         context_timestep: timestep of the context pass (the releases' `context_noise`; no noise is added).
         context_window: what the context pass of the rolling sampler sees: the same as denoising, or what the release shows.
@@ -84,6 +95,11 @@ class Method:
     shot_offset: int = 0
     pin_shots: bool = False
     past_bias: float = 1.0
+    trained_frames: int | None = None
+    far_decay: float = 1.0
+    rope_interpolation: float = 1.0
+    head_jitter: float = 0.0
+    noise_correlation: float = 0.0
     denoising_steps: tuple[float, ...] | None = None
     context_timestep: float = 0.0
     context_window: str = "same"
@@ -105,6 +121,18 @@ class Method:
             raise UserError(f"sink_decay = {self.sink_decay} must be between 0 and 1; 0.999 is usual")
         if not 0 < self.past_bias <= 1:
             raise UserError(f"past_bias = {self.past_bias} must be above 0 and at most 1, which is no bias")
+        if not 0 < self.far_decay <= 1:
+            raise UserError(f"far_decay = {self.far_decay} must be above 0 and at most 1, which is no decay")
+        if self.trained_frames is not None and self.trained_frames < 1:
+            raise UserError(f"trained_frames = {self.trained_frames} must be at least 1")
+        if self.rope_interpolation < 1:
+            raise UserError(
+                f"rope_interpolation = {self.rope_interpolation} must be at least 1, which changes nothing"
+            )
+        if not 0 <= self.head_jitter < 1:
+            raise UserError(f"head_jitter = {self.head_jitter} must be at least 0 and below 1; 0.5 is much")
+        if not -1 < self.noise_correlation < 1:
+            raise UserError(f"noise_correlation = {self.noise_correlation} must be between -1 and 1")
         if self.max_reuse < 1:
             raise UserError(f"max_reuse = {self.max_reuse} must be at least 1")
         if self.shot_offset < 0:
@@ -140,6 +168,10 @@ class Method:
             "sink_decay": self.sink_decay,
             "sink_precision": self.sink_precision,
             "past_bias": self.past_bias,
+            "trained_frames": self.trained_frames,
+            "far_decay": self.far_decay,
+            "rope_interpolation": self.rope_interpolation,
+            "head_jitter": self.head_jitter,
             "importance": self.importance,
             "max_reuse": self.max_reuse,
         }

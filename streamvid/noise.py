@@ -4,7 +4,7 @@
     noise(block, step, frames)     # [B, C, F, H, W]; step 0 is the initial noise, step i the re-noise before it
 
 The default derives every draw from (seed, block, step): a resumed, forked, re-batched or distributed run sees the same
-noise. `ReferenceNoise` draws in the order of the releases, for parity.
+noise. `ReferenceNoise` draws in the order of the releases, for parity. `correlated` ties the frames of a block together.
 """
 
 from __future__ import annotations
@@ -67,3 +67,22 @@ class ReferenceNoise:
             )
             self.drawn[block, step] = draw.unflatten(0, (self.batch, frames)).transpose(1, 2)
         return self.drawn[block, step]
+
+
+def correlated(noise: NoiseSource, correlation: float) -> NoiseSource:
+    """Noise whose neighbouring frames of a block have this correlation; each frame stays standard normal.
+
+    A negative one brings fast changes into the noise (antiphase noise, FLEX, arXiv 2602.14027; the chain
+    `n_f = c n_(f-1) + sqrt(1 - c^2) e_f` within a block is our form: it depends on seed, block and step alone).
+    """
+    if correlation == 0:
+        return noise
+
+    def chained(block: int, step: int, frames: int) -> torch.Tensor:
+        fresh = noise(block, step, frames).unbind(2)
+        chain = [fresh[0]]
+        for draw in fresh[1:]:
+            chain.append(correlation * chain[-1] + (1 - correlation**2) ** 0.5 * draw)
+        return torch.stack(chain, 2)
+
+    return chained

@@ -240,7 +240,9 @@ def run_case(folder: str | Path) -> list[Row]:
                     f"{case.folder} cannot be replayed ({type(error).__name__}: {str(error).splitlines()[0]}): "
                     "its settings and tensors do not fit each other; record it again"
                 ) from error
-    raise UserError(f"{case.folder}/case.json describes no kind of case: stream, forward, VAE, scheduler or losses")
+    raise UserError(
+        f"{case.folder}/case.json describes no kind of case: stream, forward, VAE, scheduler or losses"
+    )
 
 
 def format_report(title: str, rows: Sequence[Row]) -> str:

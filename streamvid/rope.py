@@ -16,7 +16,7 @@ THETA = 10000.0
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every token's angles, each `[L, 1, D/2]` (broadcast over batch and heads)."""
+    """Cosine and sine of every token's angles, each `[L, 1, D/2]`, or `[L, H, D/2]` where heads turn differently."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -36,24 +36,63 @@ def _frequencies(pairs: int) -> torch.Tensor:
     return THETA**-exponent
 
 
+def temporal_frequencies(
+    head_dim: int,
+    heads: int = 1,
+    trained_frames: int | None = None,
+    interpolation: float = 1.0,
+    head_jitter: float = 0.0,
+) -> torch.Tensor:
+    """Frequencies of the temporal axis, float64 `[1, pairs]`, or `[heads, pairs]` with a jitter.
+
+    Args:
+        trained_frames, interpolation: bands that made less than half a turn in training are slowed down by the factor
+            `interpolation`, those that made a whole turn stay, and between the share changes linearly (frequency-aware
+            modulation, FLEX, arXiv 2602.14027; the ramp is that of NTK-by-parts with these two bounds, our choice).
+        head_jitter: heads get bases theta (1 + head_jitter u), u evenly spread in (-1, 1), so that they do not all come
+            back to the sink's phase at once (LoL, arXiv 2601.16914, with a fixed spread for its random one).
+    """
+    pairs = axis_pairs(head_dim)[0]
+    frequencies = _frequencies(pairs)[None]
+    if head_jitter:
+        spread = (torch.arange(heads, dtype=torch.float64) + 0.5) / heads * 2 - 1
+        exponent = torch.arange(pairs, dtype=torch.float64) / pairs
+        frequencies = (THETA * (1 + head_jitter * spread))[:, None] ** -exponent
+    if trained_frames is not None and interpolation != 1.0:
+        turns = trained_frames * frequencies / (2 * torch.pi)
+        kept = (2 * turns - 1).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / interpolation)
+    return frequencies
+
+
 def rotation(
-    positions: Sequence[float], height: int, width: int, head_dim: int, device: torch.device | str = "cpu"
+    positions: Sequence[float],
+    height: int,
+    width: int,
+    head_dim: int,
+    device: torch.device | str = "cpu",
+    temporal: torch.Tensor | None = None,
 ) -> Rotation:
-    """Rotation of the tokens of latent frames at temporal `positions`; tokens ordered (frame, row, column)."""
+    """Rotation of the tokens of latent frames at temporal `positions`; tokens ordered (frame, row, column).
+
+    Args:
+        temporal: other frequencies of the temporal axis (`temporal_frequencies`).
+    """
     time_pairs, height_pairs, width_pairs = axis_pairs(head_dim)
-    frames = len(positions)
-    grid = (frames, height, width)
-    time = torch.tensor(positions, dtype=torch.float64)[:, None] * _frequencies(time_pairs)
+    temporal = _frequencies(time_pairs)[None] if temporal is None else temporal
+    frames, heads = len(positions), temporal.shape[0]
+    grid = (frames, height, width, heads)
+    time = torch.tensor(positions, dtype=torch.float64)[:, None, None] * temporal  # F H' pairs
     row = torch.arange(height, dtype=torch.float64)[:, None] * _frequencies(height_pairs)
     column = torch.arange(width, dtype=torch.float64)[:, None] * _frequencies(width_pairs)
     angles = torch.cat(
         [
             time[:, None, None].expand(*grid, -1),
-            row[None, :, None].expand(*grid, -1),
-            column[None, None].expand(*grid, -1),
+            row[None, :, None, None].expand(*grid, -1),
+            column[None, None, :, None].expand(*grid, -1),
         ],
         dim=-1,
-    ).reshape(frames * height * width, 1, head_dim // 2)
+    ).reshape(frames * height * width, heads, head_dim // 2)
     return Rotation(angles.cos().float().to(device), angles.sin().float().to(device))
 
 

@@ -24,7 +24,7 @@ from streamvid.context import CacheSnapshot, ContextCache
 from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.errors import UserError
 from streamvid.methods import SHOT_OPTION_NAMES, Method
-from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
+from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise, correlated
 from streamvid.sampler import BlockInputs, sampler_named
 from streamvid.switching import SwitchPolicy, switch_policy
 from streamvid.transformer import PromptKV
@@ -319,7 +319,7 @@ class VideoStream:
             state.steps,
             prompt_kv,
             self.cache,
-            state.noise,
+            correlated(state.noise, self.method.noise_correlation),
             self.blocks,
             self.method.context_timestep,
             state.new_scene,

@@ -11,7 +11,7 @@ from test_window import any_options
 
 from streamvid.context import SINK_PRECISIONS, ContextCache, contiguous_runs
 from streamvid.positions import POSITIONS
-from streamvid.rope import rotate, rotation
+from streamvid.rope import rotate, rotation, temporal_frequencies
 from streamvid.switching import ORDERS, SINKS, switch_policy
 from streamvid.window import WindowOptions
 
@@ -387,6 +387,54 @@ def test_past_bias_multiplies_the_weight_of_past_frames(bias):
         if block:
             assert (outputs[0] - outputs[1]).abs().max() > 1e-2 or bias == 1
         assert (biased._mask is None) == (bias == 1 or block == 0)
+
+
+@pytest.mark.parametrize(("positions", "far"), [("absolute", 5), ("cache_relative", 3)])
+@pytest.mark.parametrize("bias", [1.0, 0.5])
+@torch.no_grad()
+def test_far_decay_multiplies_the_weight_of_frames_seen_far_away(positions, far, bias):
+    """Distance is as seen, from the block's last frame: trained_frames or more. It comes on top of the bias."""
+    options = WindowOptions(1, 5, 1, positions)
+    decayed = ContextCache(options, 1, 1, 6, GRID, (1, 1, 1), past_bias=bias, trained_frames=3, far_decay=0.2)
+    for block in range(8):
+        plan = decayed.planner.plan()
+        q, k, v = torch.randn(3, 1, 2, 1, 6, generator=torch.Generator().manual_seed(block))
+        decayed.begin(plan)
+        output = decayed.attend(0, q, k, v)
+        decayed.commit(plan, torch.zeros(1, 1, 1, 1, 1))
+    at = decayed.rotated_at
+    query = rotate(q, rotation([at[7]], *GRID, 6))
+    keys, values = decayed.stored(0, plan.attended)
+    weights = (query[:, :, 0] @ keys[:, :, 0].mT / 6**0.5).exp()
+    distance = [plan.own[-1].position - slot.position for slot in plan.window]
+    for index, away in enumerate(distance):
+        factor = (0.2 if away >= 3 else 1.0) * (bias if 0 < index < len(distance) - 1 else 1.0)
+        weights[..., 2 * index : 2 * index + 2] *= factor
+    assert max(distance) >= far - 1 and min(distance) == 0 and 3 in distance
+    expected = weights @ values[:, :, 0] / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(output[:, :, 0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5])
+@torch.no_grad()
+def test_a_realigned_sink_has_the_frequencies_of_its_heads(jitter):
+    options = WindowOptions(1, 3, 1, "cache_relative")
+    cache = ContextCache(
+        options, 1, 2, 12, GRID, (1, 1, 1), trained_frames=4, rope_interpolation=8.0, head_jitter=jitter
+    )
+    raw = []
+    for block in range(9):
+        plan = cache.planner.plan()
+        q, k, v = torch.randn(3, 1, 2, 2, 12, generator=torch.Generator().manual_seed(block))
+        raw.append(k)
+        cache.begin(plan)
+        cache.attend(0, q, k, v)
+        cache.commit(plan, torch.zeros(1, 1, 1, 1, 1))
+    temporal = temporal_frequencies(12, 2, 4, 8.0, jitter)
+    turned = rotate(raw[0], rotation([cache.rotated_at[0]], *GRID, 12, temporal=temporal))
+    torch.testing.assert_close(cache.stored(0, [0])[0], turned)
+    assert cache.rotated_at[0] != 0
+    torch.testing.assert_close(cache.stored(0, [0, 8], rotated=False)[0], torch.cat([raw[0], raw[8]], 1))
 
 
 # --- slots ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from streamvid.noise import ReferenceNoise, SeededNoise
+from streamvid.noise import ReferenceNoise, SeededNoise, correlated
 
 
 def seeded(*seeds: int) -> SeededNoise:
@@ -81,3 +81,27 @@ def test_a_retried_block_gets_its_draws_again():
         for stop in (1, 2, 3, 3):  # tries that end after so many steps
             for step in range(stop):
                 assert torch.equal(noise(block, step, 3), literal[block, step])
+
+
+# --- correlated frames ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correlation", [-0.8, -0.3, 0.5])
+def test_neighbouring_frames_are_correlated_and_each_is_standard_normal(correlation):
+    noise = correlated(SeededNoise(range(4), (16, 40, 40)), correlation)
+    frames = noise(3, 1, 4).transpose(0, 2).flatten(1)  # F, all values
+    covariance = frames @ frames.T / frames.shape[1]
+    lag = (torch.arange(4)[:, None] - torch.arange(4)).abs()
+    expected = torch.tensor(correlation) ** lag
+    torch.testing.assert_close(covariance, expected, atol=4 / frames.shape[1] ** 0.5, rtol=0)
+    assert frames.mean(1).abs().max() < 4 / frames.shape[1] ** 0.5
+
+
+def test_correlated_noise_follows_from_seed_block_and_step():
+    noise = correlated(seeded(3), -0.5)
+    first = noise(5, 1, 3)
+    noise(0, 0, 3)
+    assert torch.equal(noise(5, 1, 3), first) and not torch.equal(noise(5, 2, 3), first)
+    assert torch.equal(first[:, :, 0], seeded(3)(5, 1, 3)[:, :, 0])  # a block begins as without
+    plain = seeded(3)
+    assert correlated(plain, 0.0) is plain

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamvid.rope import Rotation, axis_pairs, rotate, rotation
+from streamvid.rope import Rotation, axis_pairs, rotate, rotation, temporal_frequencies
 
 positions = st.floats(-1e6, 1e6) | st.integers(0, 10**6)
 
@@ -78,3 +78,66 @@ def test_only_time_is_shifted_by_the_position():
 def test_half_precision_is_rotated_in_float32():
     x, by = tiny.normal(0, 1, 4, 1, 12).bfloat16(), rotation([100], 2, 2, 12)
     assert torch.equal(rotate(x, by), rotate(x.float(), by).bfloat16())
+
+
+# --- other frequencies ----------------------------------------------------------------------------------------------
+
+HEADS = 4
+FREQUENCIES = {
+    "interpolated": {"trained_frames": 21, "interpolation": 4.0},
+    "jittered": {"head_jitter": 0.6},
+    "both": {"trained_frames": 12, "interpolation": 2.0, "head_jitter": 0.3},
+}
+
+
+def test_without_options_nothing_changes():
+    plain = rotation([0, 7, 2.5], 2, 3, 24)
+    for options in ({}, {"trained_frames": 21}, {"interpolation": 3.0}):
+        other = rotation([0, 7, 2.5], 2, 3, 24, temporal=temporal_frequencies(24, HEADS, **options))
+        assert torch.equal(plain.cos, other.cos) and torch.equal(plain.sin, other.sin)
+
+
+def test_bands_that_training_saw_too_little_of_are_slowed_down():
+    """At least a turn in 21 frames: kept; half a turn or less: a quarter of the speed; between, on a line."""
+    plain = temporal_frequencies(128)[0]
+    slowed = temporal_frequencies(128, trained_frames=21, interpolation=4.0)[0]
+    turns = 21 * plain / (2 * math.pi)
+    assert torch.equal(slowed[turns >= 1], plain[turns >= 1]) and (turns >= 1).sum() == 3
+    torch.testing.assert_close(slowed[turns <= 0.5], plain[turns <= 0.5] / 4)
+    between = (turns > 0.5) & (turns < 1)
+    share = 2 * turns[between] - 1
+    torch.testing.assert_close(slowed[between], plain[between] * (share + (1 - share) / 4))
+    assert between.any() and (slowed.diff() < 0).all()
+
+
+def test_heads_have_bases_of_their_own():
+    jittered = temporal_frequencies(128, HEADS, head_jitter=0.6)
+    assert jittered.shape == (HEADS, 22)
+    for head, spread in enumerate((-0.75, -0.25, 0.25, 0.75)):
+        base = 10000 * (1 + 0.6 * spread)
+        expected = torch.tensor([base ** (-j / 22) for j in range(22)], dtype=torch.float64)
+        torch.testing.assert_close(jittered[head], expected)
+
+
+@pytest.mark.parametrize("options", FREQUENCIES.values(), ids=FREQUENCIES)
+def test_scores_depend_on_distances_alone_for_any_frequencies(options):
+    temporal = temporal_frequencies(24, HEADS, **options)
+    q, k = tiny.normal(0, 1, 6, HEADS, 24), tiny.normal(1, 1, 6, HEADS, 24)
+
+    def scores(query_at: float, key_at: float) -> torch.Tensor:
+        turned_q, turned_k = (
+            rotate(x, rotation([at], 2, 3, 24, temporal=temporal)) for x, at in ((q, query_at), (k, key_at))
+        )
+        return torch.einsum("blhd,bmhd->bhlm", turned_q, turned_k)
+
+    torch.testing.assert_close(scores(5, 2), scores(100_005, 100_002), atol=1e-4, rtol=0)
+    assert (scores(5, 2) - scores(5, 3)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("options", FREQUENCIES.values(), ids=FREQUENCIES)
+def test_space_is_left_as_it_is(options):
+    time, *_ = axis_pairs(24)
+    plain = rotation([9], 2, 3, 24)
+    other = rotation([9], 2, 3, 24, temporal=temporal_frequencies(24, HEADS, **options))
+    assert torch.equal(other.cos[..., time:], plain.cos[..., time:].expand(-1, other.cos.shape[1], -1))
+    assert not torch.equal(other.cos[..., :time], plain.cos[..., :time].expand(-1, other.cos.shape[1], -1))

@@ -38,6 +38,7 @@ class WindowedAttention:
         plans: of the clip's blocks.
         streams: copies of the clip along the frame axis; the first is the clean one if `has_clean`.
         grid: token rows and columns of a latent frame.
+        temporal: other frequencies of the temporal axis (`streamvid.rope.temporal_frequencies`).
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class WindowedAttention:
         has_clean: bool = True,
         device: torch.device | str = "cpu",
         attention: str = "reference",
+        temporal: torch.Tensor | None = None,
     ):
         if not has_clean and len(plans) > 1:
             raise UserError("blocks = more than one need a clean stream to attend: use has_clean=True")
@@ -58,9 +60,10 @@ class WindowedAttention:
         self.rotations: list[tuple[Rotation, Rotation]] = []  # of the context's keys, of the block itself
         for plan in plans:
             context, own = plan.positions[: -len(plan.own)], plan.positions[-len(plan.own) :]
-            self.rotations.append(
-                (rotation(context, *grid, head_dim, device), rotation(own, *grid, head_dim, device))
+            at_context, at_own = (
+                rotation(positions, *grid, head_dim, device, temporal) for positions in (context, own)
             )
+            self.rotations.append((at_context, at_own))
 
     def attend(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
@@ -97,6 +100,7 @@ class MaskedAttention:
         head_dim: int,
         device: torch.device | str = "cpu",
         attention: str = "sdpa",
+        temporal: torch.Tensor | None = None,
     ):
         frames = plans[-1].own[-1].frame + 1
         if any(
@@ -105,7 +109,7 @@ class MaskedAttention:
             for position, slot in zip(plan.positions, plan.window, strict=True)
         ):
             raise UserError("positions = cache_relative has no mask form: use WindowedAttention")
-        self.rotation = rotation(list(range(frames)) * streams, *grid, head_dim, device)
+        self.rotation = rotation(list(range(frames)) * streams, *grid, head_dim, device, temporal)
         self.mask = attention_mask(plans, streams, grid[0] * grid[1]).to(device)
         self.attention = attention_backend(attention)
 

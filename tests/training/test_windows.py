@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamvid.errors import UserError
+from streamvid.rope import temporal_frequencies
 from streamvid.training.windows import MaskedAttention, WindowedAttention, attention_mask, plan_blocks
 from streamvid.window import POSITIONS, WindowOptions
 
@@ -45,6 +46,25 @@ def test_teacher_forcing_sees_what_the_stream_sees(positions, sink):
     torch.testing.assert_close(gathered, cached, atol=1e-5, rtol=0)
     if positions == "absolute":
         masked = teacher_forcing(MaskedAttention(plans, 2, tiny.GRID, 12), *clip)
+        torch.testing.assert_close(masked, cached, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frequencies", [(6, 4.0, 0.0), (None, 1.0, 0.5), (4, 2.0, 0.3)])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_routes_agree_for_other_frequencies(positions, frequencies):
+    trained, interpolation, jitter = frequencies
+    options = replace(SMALL, positions=positions)
+    plans, clip = plan_blocks(options, BLOCKS), clip_of(BLOCKS, 2)
+    cache = tiny.context_cache(
+        options, batch=2, trained_frames=trained, rope_interpolation=interpolation, head_jitter=jitter
+    )
+    temporal = temporal_frequencies(12, 2, trained, interpolation, jitter)
+    cached = tiny.run_blocks(cache, *clip)
+    gathered = teacher_forcing(WindowedAttention(plans, 2, tiny.GRID, 12, temporal=temporal), *clip)
+    torch.testing.assert_close(gathered, cached, atol=1e-5, rtol=0)
+    assert (gathered - teacher_forcing(WindowedAttention(plans, 2, tiny.GRID, 12), *clip)).abs().max() > 1e-3
+    if positions == "absolute":
+        masked = teacher_forcing(MaskedAttention(plans, 2, tiny.GRID, 12, temporal=temporal), *clip)
         torch.testing.assert_close(masked, cached, atol=1e-5, rtol=0)
 
 
