@@ -182,7 +182,8 @@ def labelled(frames: np.ndarray, name: str) -> np.ndarray:
     band = Image.new("RGB", (frames.shape[2], BAND), (18, 18, 22))
     font = ImageFont.load_default(size=12)
     ImageDraw.Draw(band).text((4, 3), shortened(name, font, frames.shape[2] - 8), (236, 236, 240), font)
-    return np.concatenate([np.broadcast_to(np.asarray(band), (len(frames), *np.shape(band))), frames], 1)
+    label = np.asarray(band)
+    return np.concatenate([np.broadcast_to(label, (len(frames), *label.shape)), frames], 1)
 
 
 def grid(videos: Sequence[np.ndarray]) -> np.ndarray:

@@ -93,8 +93,8 @@ def chart(curves: Sequence[Sequence[float | None]], seconds: float = 2.0) -> str
         for run in _runs(curve):
             points = " ".join(place(index, value) for index, value in run)
             if len(run) == 1:
-                x, y = points.split(",")
-                lines.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>')
+                left, up = points.split(",")
+                lines.append(f'<circle cx="{left}" cy="{up}" r="2.5" fill="{colour}"/>')
             else:
                 lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
     marks = []

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from streamvid import sinks
 from streamvid.compression import TokenLedger
 from streamvid.kernels.attention import attention_backend
 from streamvid.rope import Rotation, rotate, rotation, temporal_frequencies
@@ -27,6 +28,7 @@ class CacheSnapshot(NamedTuple):
     planner: WindowPlanner
     rotated_at: dict[int, float]
     fused_for: int | None
+    fused_latents: dict[int, torch.Tensor]
 
 
 class ContextCache:
@@ -43,7 +45,7 @@ class ContextCache:
         layers, heads, head_dim: of the transformer.
         grid: token rows and columns of a latent frame.
         latent_shape: `(C, H, W)` of a latent frame, kept clean for replays.
-        sink_decay: share of the sink that stays when an evicted frame is averaged into it (Reward Forcing, equation 6).
+        sink_update, sink_decay, memory_decays, refresh_below: how evicted frames change the sink (streamvid.sinks).
         sink_precision: of the averages: float32, or the cache's own, in which a decay near 1 does nothing in bfloat16.
         past_bias: factor on the attention weight of finished frames other than the first (Daydream Scope's log-bias).
         trained_frames, far_decay: factor on the attention weight of frames seen so far from the block's last or further.
@@ -63,7 +65,10 @@ class ContextCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         attention: str = "auto",
+        sink_update: str = "ema",
         sink_decay: float = 0.999,
+        memory_decays: Sequence[float] = (),
+        refresh_below: float = 0.0,
         sink_precision: str = "float32",
         past_bias: float = 1.0,
         trained_frames: int | None = None,
@@ -77,7 +82,8 @@ class ContextCache:
         self.options = options
         self.grid, self.head_dim, self.device = grid, head_dim, device
         self.tokens_per_frame = grid[0] * grid[1]
-        self.sink_decay, self.past_bias = sink_decay, past_bias
+        self.sink_update = sinks.sink_update(sink_update, sink_decay, memory_decays, refresh_below)
+        self.past_bias = past_bias
         self.trained_frames, self.far_decay = trained_frames, far_decay
         self.temporal = temporal_frequencies(head_dim, heads, trained_frames, rope_interpolation, head_jitter)
         shape = (layers, batch, options.slots * self.tokens_per_frame, heads, head_dim)
@@ -91,6 +97,7 @@ class ContextCache:
         self.sink_values = torch.zeros(sink_shape if options.fuse else 0, dtype=precise, device=device)
         self.fused_keys, self.fused_values = (torch.zeros_like(t) for t in (self.raw_keys, self.sink_values))
         self._fused_for: int | None = None
+        self._fused_latents: dict[int, torch.Tensor] = {}  # by rank in the sink, as the block will leave them
         self.ledger: TokenLedger | None = None
         self.spare: tuple[torch.Tensor, torch.Tensor] | None = None
         if options.budget is not None:
@@ -163,28 +170,48 @@ class ContextCache:
         self.rotated_at[slot.frame] = position
 
     def _fuse(self, plan: BlockPlan) -> None:
-        """Average what the block evicts into the sink (Reward Forcing, equation 6), once per block."""
+        """Let what the block evicts change the sink, once per block."""
         if not plan.fused:
             self._fused_for = None
         elif self._fused_for != plan.block:  # a block that starts again has overwritten what it evicted
             self.fused_keys.copy_(self.raw_keys)
             self.fused_values.copy_(self.sink_values)
-            decay = 0.0 if plan.overwrites else self.sink_decay
-            for frame, (evicted, sink) in zip(plan.evicted, plan.fused, strict=False):
-                by = self._turn([self.rotated_at[frame]])
-                source, target = self._span(evicted), self._span(sink)
-                keys = rotate(self.keys[:, :, source].to(self.raw_keys.dtype), Rotation(by.cos, -by.sin))
-                for average, new in (
-                    (self.fused_keys, keys),
-                    (self.fused_values, self.values[:, :, source].to(self.raw_keys.dtype)),
-                ):
-                    average[:, :, target].mul_(decay).add_(new, alpha=1 - decay)
+            self._fused_latents.clear()
+            kept_frames = self.planner.live_frames[: self.options.sink]
+            ranks = {self.planner.slot_of[frame]: rank for rank, frame in enumerate(kept_frames)}
+            frame_in = {self.planner.slot_of[frame]: frame for frame in plan.evicted}
+            for evicted, sink in plan.fused:
+                kept = 0.0 if plan.overwrites else self._kept(ranks[sink], frame_in[evicted])
+                self._mix(evicted, sink, self._turn([self.rotated_at[frame_in[evicted]]]), kept)
             self._fused_for = plan.block
         own = {slot.slot for slot in plan.own}
         values = self.sink_values if self._fused_for is None else self.fused_values
         for slot in plan.window:
             if slot.slot < self.sink_slots and slot.slot not in own:
                 self.values[:, :, self._span(slot.slot)] = values[:, :, self._span(slot.slot)]
+
+    def _kept(self, rank: int, frame: int) -> float | torch.Tensor:
+        """Share of a sink frame that stays when it meets an evicted frame; its latents follow where it is replaced."""
+        assert self.sink_update is not None
+        old = self._fused_latents.get(rank, self.sink_latents[:, rank])
+        new = self.latents[:, frame % self.options.window]
+        kept = self.sink_update(sinks.Meeting(rank - self.options.sink, old, new))
+        if isinstance(kept, torch.Tensor):
+            self._fused_latents[rank] = torch.where(kept > 0, old, new)
+        return kept
+
+    def _mix(self, evicted: int, sink: int, at: Rotation, kept: float | torch.Tensor) -> None:
+        """`kept * sink + (1 - kept) * evicted`, of keys turned back and of values; slots, in all layers."""
+        source, target = self._span(evicted), self._span(sink)
+        keys = rotate(self.keys[:, :, source].to(self.raw_keys.dtype), Rotation(at.cos, -at.sin))
+        for average, new in (
+            (self.fused_keys, keys),
+            (self.fused_values, self.values[:, :, source].to(self.raw_keys.dtype)),
+        ):
+            if isinstance(kept, torch.Tensor):
+                average[:, :, target] = torch.where(kept > 0, average[:, :, target], new)
+            else:
+                average[:, :, target].mul_(kept).add_(new, alpha=1 - kept)
 
     def _choose_keys(self, plan: BlockPlan) -> None:
         """How far the buffer is attended, and the mask or bias of its keys."""
@@ -251,6 +278,8 @@ class ContextCache:
         if self._fused_for is not None:
             self.raw_keys, self.fused_keys = self.fused_keys, self.raw_keys
             self.sink_values, self.fused_values = self.fused_values, self.sink_values
+            for rank, latents in self._fused_latents.items():
+                self.sink_latents[:, rank] = latents
             self._fused_for = None
         if self.ledger is not None and self.spare is not None:
             if plan.compressed_from:
@@ -283,7 +312,9 @@ class ContextCache:
     def snapshot(self) -> CacheSnapshot:
         """A copy of everything a prompt switch may change. Not for the steady state: it clones the window."""
         tensors = tuple(t.clone() for t in self._state())
-        return CacheSnapshot(tensors, self.planner.copy(), dict(self.rotated_at), self._fused_for)
+        return CacheSnapshot(
+            tensors, self.planner.copy(), dict(self.rotated_at), self._fused_for, dict(self._fused_latents)
+        )
 
     def _state(self) -> tuple[torch.Tensor, ...]:
         own = self.keys, self.values, self.raw_keys, self.sink_values, self.sink_latents
@@ -297,7 +328,7 @@ class ContextCache:
             own.copy_(saved)
         self.planner = snapshot.planner.copy()
         self.rotated_at = dict(snapshot.rotated_at)
-        self._fused_for = snapshot.fused_for
+        self._fused_for, self._fused_latents = snapshot.fused_for, dict(snapshot.fused_latents)
 
     def stored(
         self, layer: int, frames: Sequence[int], rotated: bool = True

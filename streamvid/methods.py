@@ -15,12 +15,13 @@ from streamvid.context import SINK_PRECISIONS
 from streamvid.errors import UserError
 from streamvid.positions import POSITIONS
 from streamvid.sampler import SAMPLERS
+from streamvid.sinks import SINK_UPDATES
 from streamvid.switching import switch_policy
 from streamvid.window import WindowOptions
 
 CHOICES = {
     "sampler": SAMPLERS,
-    "sink_update": ("static", "ema", "ema_release"),
+    "sink_update": SINK_UPDATES,
     "sink_precision": SINK_PRECISIONS,
     "positions": tuple(POSITIONS),
     "importance": tuple(IMPORTANCE),
@@ -29,7 +30,9 @@ CHOICES = {
 
 # An option that only counts beside another one -> what to set, and whether it counts.
 COUNTS_WITH: dict[str, tuple[str, Callable[[Method], bool]]] = {
-    "sink_decay": ("sink_update = ema", lambda m: m.sink_update != "static"),
+    "sink_decay": ("sink_update = ema", lambda m: m.sink_update in ("ema", "ema_release")),
+    "memory_decays": ("sink_update = memory", lambda m: m.sink_update == "memory"),
+    "refresh_below": ("sink_update = adaptive", lambda m: m.sink_update == "adaptive"),
     "sink_precision": ("sink_update = ema", lambda m: m.sink_update != "static"),
     "recent": ("a budget", lambda m: m.budget is not None),
     "importance": ("a budget", lambda m: m.budget is not None),
@@ -57,9 +60,10 @@ class Method:
         name, source: of the preset; source is the paper or release it reproduces.
         sampler: how blocks come out of noise (streamvid.sampler).
         frames_per_block, window, sink: what a block attends (`WindowOptions`), in latent frames.
-        sink_update: static, or ema: evicted frames are averaged into the sink; ema_release: ones of another number than the
-            sink's overwrite it.
+        sink_update: static, or how evicted frames change the sink: ema, ema_release, memory, adaptive (streamvid.sinks).
         sink_decay, sink_precision: share of the sink that stays at each average, and the precision it is kept in.
+        memory_decays: with memory, the share that stays of each of the last sink frames, slow ones first.
+        refresh_below: with adaptive, cosine similarity of latents below which an evicted frame replaces a sink frame.
         positions: at which temporal positions frames are seen (streamvid.positions).
         budget, recent: a full window is compressed to so many frames, of which so many recent ones stay whole.
         importance, max_reuse: how compression ranks tokens (streamvid.compression), and how often it may choose one.
@@ -86,6 +90,8 @@ class Method:
     sink_update: str = "static"
     sink_decay: float = 0.999
     sink_precision: str = "float32"
+    memory_decays: tuple[float, ...] = (0.99, 0.9)
+    refresh_below: float = 0.8
     positions: str = "absolute"
     budget: int | None = None
     recent: int | None = None
@@ -119,6 +125,12 @@ class Method:
             )
         if not 0 <= self.sink_decay <= 1:
             raise UserError(f"sink_decay = {self.sink_decay} must be between 0 and 1; 0.999 is usual")
+        if not self.memory_decays or not all(0 <= decay <= 1 for decay in self.memory_decays):
+            raise UserError(
+                f"memory_decays = {list(self.memory_decays)} must be numbers between 0 and 1, e.g. [0.99, 0.9]"
+            )
+        if not -1 <= self.refresh_below <= 1:
+            raise UserError(f"refresh_below = {self.refresh_below} must be between -1 and 1; 0.8 is usual")
         if not 0 < self.past_bias <= 1:
             raise UserError(f"past_bias = {self.past_bias} must be above 0 and at most 1, which is no bias")
         if not 0 < self.far_decay <= 1:
@@ -155,6 +167,7 @@ class Method:
             joint_blocks=known if self.sampler == "rolling" else 1,
             fuse=self.sink_update != "static",
             fuse_release=self.sink_update == "ema_release",
+            memories=len(self.memory_decays) if self.sink_update == "memory" else 0,
             budget=self.budget,
             recent=self.recent,
             first_sink_shift=self.first_sink_shift,
@@ -165,7 +178,10 @@ class Method:
     def cache_options(self) -> dict[str, Any]:
         """What `ContextCache` takes beside the window."""
         return {
+            "sink_update": self.sink_update,
             "sink_decay": self.sink_decay,
+            "memory_decays": self.memory_decays,
+            "refresh_below": self.refresh_below,
             "sink_precision": self.sink_precision,
             "past_bias": self.past_bias,
             "trained_frames": self.trained_frames,
@@ -223,18 +239,15 @@ def _typed(name: str, value: Any) -> Any:
         raise UserError(
             f"option {name} is not known{_nearest(name, OPTION_NAMES)}: choose from {', '.join(OPTION_NAMES)}"
         )
-    if name == "denoising_steps":
-        levels = value if isinstance(value, Sequence) and not isinstance(value, str) else None
-        if value is None:
-            return None
-        if not levels or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in levels):
-            raise UserError(
-                f"denoising_steps = {value!r} must be a list of numbers, e.g. [1000, 750, 500, 250]"
-            )
-        return tuple(float(v) for v in levels)
     kind = str(_TYPES[name])
     if value is None and "None" in kind:
         return None
+    if kind.startswith("tuple"):
+        numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else None
+        if not numbers or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
+            example = "[1000, 750, 500, 250]" if name == "denoising_steps" else "[0.99, 0.9]"
+            raise UserError(f"{name} = {value!r} must be a list of numbers, e.g. {example}")
+        return tuple(float(v) for v in numbers)
     wanted, what = next(known for key, known in _KINDS.items() if kind.startswith(key))
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise UserError(f"{name} = {value!r} must be {what}")

@@ -57,8 +57,8 @@ def run_losses(case: Case) -> Iterator[Row]:
         quantities = variant.critic() if critic[name] else variant.generator()
         got |= {f"{name}/{quantity}": value for quantity, value in quantities.items()}
         if networks:
-            for quantity, value in variant.predictions().items():
-                yield compare(f"{name}/{quantity}", value, case.input(f"{name}/{quantity}"), FORWARD)
+            for quantity, predicted in variant.predictions().items():
+                yield compare(f"{name}/{quantity}", predicted, case.input(f"{name}/{quantity}"), FORWARD)
     for name in case.recorded(f"({'|'.join(critic)})/.+"):
         value, recorded = got.get(name), case.outputs[name]
         yield compare(name, None if value is None else value.reshape(recorded.shape), recorded, LOSS)

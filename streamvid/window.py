@@ -31,8 +31,9 @@ class WindowOptions:
         positions: name of the temporal position policy, one of `POSITIONS`.
         capacity: slots kept, at least `window`; more changes where keys are stored, never what is attended.
         joint_blocks: blocks denoised jointly at rising noise levels (Rolling Forcing); 1 for one after the other.
-        fuse: evicted frames are averaged into the sink (Reward Forcing), the n-th into sink frame n modulo sink.
+        fuse: evicted frames change the sink (streamvid.sinks), the n-th sink frame n modulo sink.
         fuse_release: as released, every eviction starts at sink frame 0, and one of another size overwrites the sink.
+        memories: every evicted frame changes each of the last so many sink frames instead (MemRoPE).
         budget: a full window is compressed to so many frames, token by token (Deep Forcing); None: frames are dropped.
         recent: frames at the end of the window, the block included, that a compression keeps whole.
         first_sink_shift: for positions = deep_forcing_release.
@@ -48,6 +49,7 @@ class WindowOptions:
     joint_blocks: int = 1
     fuse: bool = False
     fuse_release: bool = False
+    memories: int = 0
     budget: int | None = None
     recent: int | None = None
     first_sink_shift: int = 0
@@ -84,6 +86,10 @@ class WindowOptions:
         if self.fuse and self.sink == 0:
             raise UserError(
                 "sink = 0 leaves evicted frames nothing to be fused into: give a sink or sink_update = static"
+            )
+        if self.memories > self.sink:
+            raise UserError(
+                f"sink = {self.sink} cannot hold {self.memories} memory frames: give a larger sink or fewer memory_decays"
             )
         if self.budget is not None:
             self._check_budget(self.budget)
@@ -145,7 +151,7 @@ class BlockPlan:
     `window` is in temporal order and ends with the block's own frames; `evicted` frames are no longer attended.
 
     Attributes:
-        fused: (slot of an evicted frame, slot of the sink frame into which it is averaged).
+        fused: (slot of an evicted frame, slot of a sink frame that it changes).
         overwrites: nothing of those sink frames stays in the average.
         compressed_from: slots in temporal order from which the window is compressed during the first forward.
     """
@@ -209,15 +215,8 @@ class WindowPlanner:
         slot_of = self.slot_of | dict(zip(own, self._free(taken), strict=False))
         plan = self._plan(attended, own, slot_of, evicted)
         if self.options.fuse and len(sink) == self.options.sink:
-            start = 0 if self.options.fuse_release else self.fusions
-            pairs = [
-                (self.slot_of[frame], self.slot_of[sink[(start + n) % len(sink)]])
-                for n, frame in enumerate(evicted)
-            ]
-            if self.options.fuse_release:
-                pairs = pairs[: len(sink)]
             overwrites = self.options.fuse_release and len(evicted) not in (0, len(sink))
-            plan = replace(plan, fused=tuple(pairs), overwrites=overwrites)
+            plan = replace(plan, fused=self._meetings(evicted, sink), overwrites=overwrites)
         return plan
 
     def context_plan(self, plan: BlockPlan, released: bool = False) -> BlockPlan:
@@ -323,6 +322,17 @@ class WindowPlanner:
     def start_shot(self) -> None:
         """The next block begins a new shot of the scene: `shot_offset` positions on, the window stays (LongLive 2)."""
         self.shots = (*self.shots, self.next_frame)
+
+    def _meetings(self, evicted: list[int], sink: list[int]) -> tuple[tuple[int, int], ...]:
+        """Slots of every evicted frame and of the sink frames that it changes."""
+        if self.options.memories:
+            pairs = [(frame, kept) for frame in evicted for kept in sink[-self.options.memories :]]
+        else:
+            start = 0 if self.options.fuse_release else self.fusions
+            pairs = [(frame, sink[(start + n) % len(sink)]) for n, frame in enumerate(evicted)]
+        if self.options.fuse_release:
+            pairs = pairs[: len(sink)]
+        return tuple((self.slot_of[frame], self.slot_of[kept]) for frame, kept in pairs)
 
     # --- parts of a plan --------------------------------------------------------------------------------------------
 

@@ -161,6 +161,8 @@ EFFECTS = {
     "sink": ({}, 0),
     "sink_update": ({}, "ema"),
     "sink_decay": ({"sink_update": "ema"}, 0.5),
+    "memory_decays": ({"sink_update": "memory", "sink": 5}, (0.99, 0.5)),
+    "refresh_below": ({"sink_update": "adaptive", "refresh_below": -1.0}, 1.0),
     "sink_precision": ({"sink_update": "ema", "sink_decay": 0.99}, "native"),
     "positions": ({}, "cache_relative"),
     "budget": ({}, 9),
@@ -185,6 +187,8 @@ EFFECTS = {
 MORE_EFFECTS = {
     "positions before the window": ({}, "sink_before_window"),
     "positions of the release": ({"positions": "sink_before_window"}, "deep_forcing_release"),
+    "sink_update memory": ({"sink": 5}, "memory"),
+    "sink_update adaptive": ({}, "adaptive"),
     "sink_update as released": ({"sink_update": "ema", "sink_decay": 0.5, "sink": 2}, "ema_release"),
 }
 
