@@ -22,7 +22,7 @@ from streamvid.context import ContextCache
 from streamvid.errors import UserError
 from streamvid.methods import Method, load_method, method_names
 from streamvid.models import choose_device, choose_dtype, resolve_model
-from streamvid.sampler import BlockInputs, sampler_named
+from streamvid.sampler import BlockInputs
 from streamvid.switching import SwitchPolicy, switch_policy
 from streamvid.window import BlockPlan, WindowOptions, WindowPlanner, WindowSlot
 
@@ -151,8 +151,8 @@ def planned(
     options = window_options(method, levels)
     switches = _checked(switches or {}, blocks, options)
     recorder, still = _Recorder(options), cast(Any, _Still())
-    sampler = sampler_named(method.sampler, method.context_window == "release")
-    steps = [(0.0, 0.0)] * options.joint_blocks
+    sampler = method.new_sampler()
+    steps = [(0.0, 0.0)] * options.joint_blocks * method.micro_steps
     for block in range(blocks):
         policy = recorder.switch(switches[block]) if block in switches else None
         new_scene = policy is not None and policy.restarts_decoder
@@ -417,6 +417,13 @@ def window_sum(options: WindowOptions) -> str:
     return f"{options.window} = {options.sink} + {options.window - options.sink - block} + {block}"
 
 
+def _sampler(method: Method) -> str:
+    """Sampler with what is special about it."""
+    if method.micro_steps > 1:
+        return f"{method.sampler}, {method.micro_steps} micro-steps"
+    return method.sampler if method.solver == "renoise" else f"{method.sampler}, {method.solver}"
+
+
 def budget_sum(options: WindowOptions) -> str:
     """Budget = sink + frames' worth of chosen tokens + recent, the block among them."""
     if options.budget is None:
@@ -446,7 +453,7 @@ def format_methods(shape: Shape) -> str:
         table.append(
             [
                 name,
-                method.sampler,
+                _sampler(method),
                 f"{jointly}{options.frames_per_block}",
                 window_sum(options),
                 budget_sum(options),

@@ -14,13 +14,14 @@ from streamvid.compression import IMPORTANCE
 from streamvid.context import SINK_PRECISIONS
 from streamvid.errors import UserError
 from streamvid.positions import POSITIONS
-from streamvid.sampler import SAMPLERS
+from streamvid.sampler import SAMPLERS, SOLVERS, Sampler, sampler_named
 from streamvid.sinks import SINK_UPDATES
 from streamvid.switching import switch_policy
 from streamvid.window import WindowOptions
 
 CHOICES = {
     "sampler": SAMPLERS,
+    "solver": SOLVERS,
     "sink_update": SINK_UPDATES,
     "sink_precision": SINK_PRECISIONS,
     "positions": tuple(POSITIONS),
@@ -42,6 +43,8 @@ COUNTS_WITH: dict[str, tuple[str, Callable[[Method], bool]]] = {
         lambda m: m.positions == "deep_forcing_release",
     ),
     "shot_offset": ("other positions", lambda m: m.positions != "cache_relative"),
+    "solver": ("sampler = few_step", lambda m: m.sampler == "few_step"),
+    "micro_steps": ("sampler = rolling", lambda m: m.sampler == "rolling"),
     "context_window": ("sampler = rolling", lambda m: m.sampler == "rolling"),
     "far_decay": ("trained_frames", lambda m: m.trained_frames is not None),
     "rope_interpolation": ("trained_frames", lambda m: m.trained_frames is not None),
@@ -58,7 +61,7 @@ class Method:
 
     Args:
         name, source: of the preset; source is the paper or release it reproduces.
-        sampler: how blocks come out of noise (streamvid.sampler).
+        sampler, solver, micro_steps: how blocks come out of noise (streamvid.sampler).
         frames_per_block, window, sink: what a block attends (`WindowOptions`), in latent frames.
         sink_update: static, or how evicted frames change the sink: ema, ema_release, memory, adaptive (streamvid.sinks).
         sink_decay, sink_precision: share of the sink that stays at each average, and the precision it is kept in.
@@ -84,6 +87,8 @@ class Method:
     name: str = "custom"
     source: str = ""
     sampler: str = "few_step"
+    solver: str = "renoise"
+    micro_steps: int = 1
     frames_per_block: int = 3
     window: int = 12
     sink: int = 3
@@ -118,6 +123,8 @@ class Method:
                 raise UserError(
                     f"{name} = {getattr(self, name)!r} is not known: choose one of {', '.join(choices)}"
                 )
+        if self.micro_steps < 1:
+            raise UserError(f"micro_steps = {self.micro_steps} must be at least 1")
         self.window_options()  # refuses impossible windows before anything is allocated
         if not 0 <= self.context_timestep <= 1000:
             raise UserError(
@@ -158,13 +165,18 @@ class Method:
 
     def window_options(self, levels: int | None = None) -> WindowOptions:
         """The window, with as many jointly denoised blocks as the sampler has `levels`, if it denoises jointly."""
-        known = levels or (len(self.denoising_steps) if self.denoising_steps else 1)
+        known = levels or (len(self.denoising_steps) if self.denoising_steps else self.micro_steps)
+        if known % self.micro_steps:
+            raise UserError(
+                f"micro_steps = {self.micro_steps} does not divide the {known} denoising steps: every block of the window "
+                "must be as many levels ahead of the next"
+            )
         return WindowOptions(
             self.frames_per_block,
             self.window,
             self.sink,
             self.positions,
-            joint_blocks=known if self.sampler == "rolling" else 1,
+            joint_blocks=known // self.micro_steps if self.sampler == "rolling" else 1,
             fuse=self.sink_update != "static",
             fuse_release=self.sink_update == "ema_release",
             memories=len(self.memory_decays) if self.sink_update == "memory" else 0,
@@ -174,6 +186,10 @@ class Method:
             shot_offset=self.shot_offset,
             pin_shots=self.pin_shots,
         )
+
+    def new_sampler(self) -> Sampler:
+        """The sampler of one stream."""
+        return sampler_named(self.sampler, self.solver, self.micro_steps, self.context_window == "release")
 
     def cache_options(self) -> dict[str, Any]:
         """What `ContextCache` takes beside the window."""

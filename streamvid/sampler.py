@@ -6,7 +6,11 @@ window each of them sees. Siblings of one signature:
 | sampler | denoised together | forwards per block | source |
 |---|---|---|---|
 | few_step | one block, all levels | steps + 1 | Self Forcing, algorithm 2 |
-| rolling | as many blocks as levels, each one level cleaner than the next | 2 | Rolling Forcing, section 3.2 |
+| rolling | levels / micro_steps blocks, each micro_steps levels cleaner than the next | micro_steps + 1 | see below |
+
+With one micro-step the rolling sampler is Rolling Forcing's (section 3.2), with more of them StreamDiT's moving buffer. How a
+block of the few_step sampler gets from one level to the next is the solver's: `renoise` predicts x0 and adds new noise, `unipc`
+adds none.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from streamvid.context import ContextCache
 from streamvid.noise import NoiseSource
@@ -36,11 +41,13 @@ def few_step_block(
     context: AttentionContext,
     noise: NoiseSource,
     on_step: StepCallback | None = None,
+    solver: str = "renoise",
 ) -> torch.Tensor:
-    """Predict x0, re-noise to the next level, repeat (Self Forcing, algorithm 2): clean latents `[B, C, F, H, W]`.
+    """Predict x0, go to the next level, repeat (Self Forcing, algorithm 2): clean latents `[B, C, F, H, W]`.
 
     Args:
         steps: timestep and sigma of every level, descending.
+        solver: one of `SOLVERS`.
         context: the stream's cache, on which `begin(plan)` was called.
         on_step: called after every step with its index, the noisy input and the predicted x0.
     """
@@ -48,6 +55,7 @@ def few_step_block(
     like = {"device": transformer.device, "dtype": transformer.dtype}
     x_t = noise(plan.block, 0, frames).to(**like)
     timestep = torch.empty(x_t.shape[0], frames, device=transformer.device)
+    unipc = UniPC(steps) if solver == "unipc" else None
     for index, (t, sigma) in enumerate(steps):
         output = transformer(x_t, timestep.fill_(t), prompt_kv=prompt_kv, context=context, return_dict=False)[
             0
@@ -55,11 +63,42 @@ def few_step_block(
         x_0 = scheduler.x0_from_output(output, x_t, sigma)
         if on_step is not None:
             on_step(index, x_t, x_0)
-        if index + 1 < len(steps):
-            x_t = scheduler.add_noise(
-                x_0, noise(plan.block, index + 1, frames).to(**like), steps[index + 1][1]
-            )
+        if index + 1 == len(steps):
+            break
+        if unipc is not None:
+            x_t = unipc.step(index, x_0, x_t)
+        else:
+            fresh = noise(plan.block, index + 1, frames).to(**like)
+            x_t = scheduler.add_noise(x_0, fresh, steps[index + 1][1])
     return x_0
+
+
+class UniPC:
+    """The flow's path by a predictor-corrector of order 2 (UniPC, Zhao et al. 2023, as LongLive 2 runs it).
+
+    One per block: nothing is remembered between blocks. `diffusers` does the arithmetic (bh2, predicting x0, the first and
+    the last step of order 1); the levels are ours.
+    """
+
+    def __init__(self, steps: Steps):
+        self.scheduler = UniPCMultistepScheduler(
+            solver_order=2,
+            solver_type="bh2",
+            predict_x0=True,
+            prediction_type="sample",
+            use_flow_sigmas=True,
+            lower_order_final=True,
+        )
+        self.scheduler.set_timesteps(len(steps))
+        self.scheduler.timesteps = torch.tensor([t for t, _ in steps])
+        self.scheduler.sigmas = torch.tensor([sigma for _, sigma in steps] + [0.0])
+
+    def step(self, index: int, x_0: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+        """From level `index` to the next one."""
+        return self.scheduler.step(x_0, self.scheduler.timesteps[index], x_t, return_dict=False)[0]
+
+
+SOLVERS = ("renoise", "unipc")
 
 
 @dataclass(frozen=True)
@@ -105,8 +144,11 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class FewStepSampler:
     """One block after the other, each through all levels."""
+
+    solver: str = "renoise"
 
     def denoise(self, inputs: BlockInputs) -> tuple[BlockPlan, torch.Tensor]:
         plan = inputs.cache.planner.plan()
@@ -119,6 +161,7 @@ class FewStepSampler:
             inputs.prompt_kv,
             inputs.cache,
             inputs.noise,
+            solver=self.solver,
         )
         return plan, latents
 
@@ -134,14 +177,16 @@ class FewStepSampler:
 class RollingSampler:
     """A window of blocks at rising noise levels moves over the stream: one forward takes every block one level down.
 
-    The window grows to as many blocks as there are levels while the stream starts, and shrinks where it ends, if that is
-    known; a stream without a known end never shrinks it.
+    A block enters `micro_steps` forwards after the one before it. The window grows to levels / micro_steps blocks while the
+    stream starts, and shrinks where it ends, if that is known; a stream without a known end never shrinks it.
 
     Args:
+        micro_steps: forwards from one finished block to the next (the partition of StreamDiT's buffer; 1: Rolling Forcing).
         released_context: show the context pass the window that Rolling Forcing's release shows it (`context_plan`).
         joint: noisy latents of the blocks in the window after the last finished one, each with its next level.
     """
 
+    micro_steps: int = 1
     released_context: bool = False
     joint: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
     _next: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
@@ -149,12 +194,15 @@ class RollingSampler:
     def denoise(self, inputs: BlockInputs) -> tuple[BlockPlan, torch.Tensor]:
         planner = inputs.cache.planner
         first, levels = planner.next_block, len(inputs.steps)
-        assert levels == planner.options.joint_blocks, "a window has one block per level"
+        assert levels == planner.options.joint_blocks * self.micro_steps, (
+            "a window has one block per micro_steps levels"
+        )
         joint = {} if inputs.new_scene else dict(self.joint)
         while True:
-            newest = max(joint, default=first - 1) + 1
-            if inputs.blocks is None or newest < inputs.blocks:
-                joint[newest] = (self._fresh(inputs, newest), 0)
+            newest = max(joint, default=first - 1)
+            room = newest not in joint or joint[newest][1] >= self.micro_steps
+            if room and (inputs.blocks is None or newest + 1 < inputs.blocks):
+                joint[newest + 1] = (self._fresh(inputs, newest + 1), 0)
             plan, x_0 = self._forward(inputs, joint)
             done = joint[first][1] == levels - 1
             joint = self._renoise(inputs, joint, x_0)
@@ -207,9 +255,11 @@ class RollingSampler:
         self.joint = self._next
 
 
-def sampler_named(name: str, released_context: bool = False) -> Sampler:
+def sampler_named(
+    name: str, solver: str = "renoise", micro_steps: int = 1, released_context: bool = False
+) -> Sampler:
     """A new sampler for one stream, one of `SAMPLERS`."""
-    return RollingSampler(released_context) if name == "rolling" else FewStepSampler()
+    return RollingSampler(micro_steps, released_context) if name == "rolling" else FewStepSampler(solver)
 
 
 SAMPLERS = ("few_step", "rolling")

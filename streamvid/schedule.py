@@ -103,6 +103,16 @@ class FewStepFlowScheduler(SchedulerMixin, ConfigMixin):
         table = torch.cat([self.timesteps, torch.zeros(1)])
         return tuple(table[[round(total - v) for v in levels]].tolist())
 
+    def unsnapped(self, denoising_steps: Sequence[float]) -> tuple[tuple[float, float], ...]:
+        """Timestep and sigma of levels between the table's rows: `s u / (1 + (s - 1) u)` of u = level / 1000.
+
+        Timesteps are cut to whole numbers, as the multistep solvers of the releases do.
+        """
+        shift, total = self.config.shift, self.config.num_train_timesteps
+        shares = (level / total for level in denoising_steps)
+        sigmas = (shift * u / (1 + (shift - 1) * u) for u in shares)
+        return tuple((float(int(total * sigma)), sigma) for sigma in sigmas)
+
     def nearest_index(self, timestep: torch.Tensor) -> torch.Tensor:
         """Table row of the nearest timestep (the first on ties), same shape as `timestep`."""
         return (self.timesteps.to(timestep.device) - timestep[..., None]).abs().argmin(-1)

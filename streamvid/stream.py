@@ -25,7 +25,7 @@ from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.errors import UserError
 from streamvid.methods import SHOT_OPTION_NAMES, Method
 from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise, correlated
-from streamvid.sampler import BlockInputs, sampler_named
+from streamvid.sampler import BlockInputs
 from streamvid.switching import SwitchPolicy, switch_policy
 from streamvid.transformer import PromptKV
 
@@ -116,7 +116,7 @@ class VideoStream:
         self.blocks = min(lengths, default=None)
         config = pipe.transformer.config
         self.steps = self._steps(method.denoising_steps)
-        self.sampler = sampler_named(method.sampler, method.context_window == "release")
+        self.sampler = method.new_sampler()
         self.cache = ContextCache(
             method.window_options(levels=len(self.steps)),
             layers=config.num_layers,
@@ -286,6 +286,8 @@ class VideoStream:
     def _steps(self, levels: tuple[float, ...] | None) -> tuple[tuple[float, float], ...]:
         """Timestep and sigma of every denoising step."""
         scheduler = self.pipe.scheduler
+        if self.method.solver == "unipc":
+            return scheduler.unsnapped(levels or scheduler.config.denoising_steps)
         timesteps = scheduler.steps if levels is None else scheduler.warped(levels)
         return tuple((t, float(scheduler.sigma(torch.tensor(t)))) for t in timesteps)
 

@@ -10,7 +10,29 @@ PRESETS = {
     "self_forcing": ("few_step", 3, 21, 0, "absolute", "cross_only", {}),
     "longlive": ("few_step", 3, 12, 3, "absolute", "recache", {}),
     "longlive_infinite": ("few_step", 3, 12, 3, "cache_relative", "recache", {}),
-    "longlive2_multishot": ("few_step", 8, 32, 8, "absolute", "shot", {"shot_offset": 8, "pin_shots": True}),
+    "longlive2_multishot": (
+        "few_step",
+        8,
+        32,
+        8,
+        "absolute",
+        "shot",
+        {
+            "shot_offset": 8,
+            "pin_shots": True,
+            "solver": "unipc",
+            "denoising_steps": (999.0, 749.25, 499.5, 249.75),
+        },
+    ),
+    "streamdit": (
+        "rolling",
+        3,
+        15,
+        0,
+        "absolute",
+        "cross_only",
+        {"micro_steps": 2, "denoising_steps": (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)},
+    ),
     "rolling_forcing": ("rolling", 3, 21, 3, "sink_before_window", "cross_only", {}),
     "rolling_forcing_release": (
         "rolling",
@@ -79,7 +101,7 @@ def test_presets_are_those_of_the_papers(name):
     method = load_method(name)
     assert method.name == name and len(method.source) > 20
     steps = {"denoising_steps": ROLLING_STEPS} if method.sampler == "rolling" else {}
-    expected = Method(name, method.source, **dict(zip(NAMES, options, strict=True)), **others, **steps)
+    expected = Method(name, method.source, **dict(zip(NAMES, options, strict=True)), **steps | others)
     assert method == expected
 
 
@@ -88,7 +110,7 @@ def test_the_window_of_every_preset_fits(name):
     method = load_method(name)
     window = method.window_options()
     assert (window.window, window.sink) == (method.window, method.sink) and window.slots >= method.window
-    assert window.joint_blocks == (5 if method.sampler == "rolling" else 1)
+    assert window.joint_blocks == {"streamdit": 4}.get(name, 5 if method.sampler == "rolling" else 1)
 
 
 def test_overrides_change_single_options():
@@ -112,7 +134,7 @@ def test_a_rolling_window_has_one_block_per_level():
     [
         (
             {"windw": 9},
-            r"option windw is not known \(did you mean window\?\): choose from sampler, frames_per_block",
+            r"option windw is not known \(did you mean window\?\): choose from sampler, solver, micro_steps, frames_per_block",
         ),
         ({"name": "mine"}, "option name is not known"),
         ({"window": 9.5}, r"window = 9\.5 must be a whole number"),
@@ -173,6 +195,9 @@ def test_a_rolling_window_has_one_block_per_level():
         ({"refresh_below": 0.5}, r"refresh_below = 0\.5 would have no effect: set sink_update = adaptive"),
         ({"refresh_below": 2, "sink_update": "adaptive"}, r"refresh_below = 2\.0 must be between -1 and 1"),
         ({"shot_offset": -1}, "shot_offset = -1 must not be negative: give 0"),
+        ({"solver": "euler"}, "solver = 'euler' is not known: choose one of renoise, unipc"),
+        ({"micro_steps": 2}, "micro_steps = 2 would have no effect: set sampler = rolling"),
+        ({"micro_steps": 0}, "micro_steps = 0 must be at least 1"),
         ({"max_reuse": 0}, "max_reuse = 0 must be at least 1"),
         ({"window": 5}, "window = 5 cannot hold sink = 3 and a block of 3 .* give a window of at least 6"),
     ],
@@ -186,6 +211,12 @@ def test_impossible_options_are_named(overrides, message):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
+        ("rolling_forcing", {"micro_steps": 2}, "micro_steps = 2 does not divide the 5 denoising steps"),
+        (
+            "rolling_forcing",
+            {"solver": "unipc"},
+            "solver = 'unipc' would have no effect: set sampler = few_step",
+        ),
         (
             "rolling_forcing",
             {"window": 17},

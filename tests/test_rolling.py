@@ -237,3 +237,45 @@ def test_a_window_for_one_block_per_level(nothing_allocated):
     # the levels are the model's where the method names none
     model_s = {"sampler": "rolling", "denoising_steps": None, "window": 6, "sink": 1}
     refused("window = 6 cannot hold sink = 1 and 2 blocks of 3 .* at least 7", FOX, overrides=model_s)
+
+
+# --- micro-steps (StreamDiT's moving buffer) ------------------------------------------------------------------------
+
+
+def forwards_of(stream, blocks: int) -> list[int]:
+    """Jointly denoised blocks of every forward; context passes are 0."""
+    seen = []
+    begin = stream.cache.begin
+
+    def noting(plan):
+        begin(plan)
+        seen.append(len(plan.own) // SIZE)
+
+    stream.cache.begin = noting
+    list(islice(stream, blocks))
+    return seen
+
+
+@pytest.mark.parametrize(("micro_steps", "most"), [(1, 4), (2, 2), (4, 1)])
+def test_a_block_enters_after_so_many_forwards(micro_steps, most):
+    stream = start(micro_steps=micro_steps, blocks=5)
+    assert stream.cache.options.joint_blocks == most
+    seen = forwards_of(stream, 5)
+    ramp_up = [1 + n // micro_steps for n in range(len(LEVELS))]
+    assert seen[: len(LEVELS) + 1] == [*ramp_up, 1]  # then the context pass of the first block
+    forwards = len(LEVELS) + 4 * micro_steps
+    assert len(seen) == forwards + 5 and max(seen) == most
+    assert seen[-2:] == [1, 1]  # the end shrinks the buffer
+
+
+def test_a_buffer_of_one_block_is_the_few_step_sampler():
+    plain = start(sampler="few_step", blocks=6)
+    assert torch.equal(latents(start(micro_steps=len(LEVELS), blocks=6)), latents(plain))
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_an_endless_stream_is_the_beginning_of_a_longer_one(micro_steps):
+    endless = latents(start(micro_steps=micro_steps), 4)
+    longer = latents(start(micro_steps=micro_steps, blocks=9), 4)
+    assert torch.equal(endless, longer)
+    assert not torch.equal(endless, latents(start(micro_steps=3 - micro_steps), 4))

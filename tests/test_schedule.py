@@ -145,3 +145,12 @@ def test_an_unknown_prediction_type_is_named():
         UserError, match="prediction_type = 'noise' is not known: choose one of flow_prediction, sam"
     ):
         FewStepFlowScheduler(prediction_type="noise")
+
+
+def test_levels_between_the_rows_are_those_of_longlive_2():
+    """Algorithms, section 3.5: four and two steps of its solver."""
+    scheduler = FewStepFlowScheduler(shift=5.0)
+    four = scheduler.unsnapped([999, 749.25, 499.5, 249.75])
+    assert [t for t, _ in four] == [999, 937, 833, 624]
+    assert [sigma for _, sigma in four] == pytest.approx([0.99980, 0.93727, 0.83306, 0.62469], abs=1e-5)
+    assert [t for t, _ in scheduler.unsnapped([999, 499.5])] == [999, 833]

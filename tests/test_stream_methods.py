@@ -156,6 +156,8 @@ ROLLING = {"sampler": "rolling", "window": 12, "positions": "sink_before_window"
 # option -> options of both streams, its value in the second
 EFFECTS = {
     "sampler": ({"denoising_steps": LEVELS}, "rolling"),
+    "solver": ({"denoising_steps": LEVELS}, "unipc"),
+    "micro_steps": (ROLLING, 2),
     "frames_per_block": ({}, 2),
     "window": ({}, 9),
     "sink": ({}, 0),
