@@ -47,7 +47,8 @@ class ContextCache:
         latent_shape: `(C, H, W)` of a latent frame, kept clean for replays.
         sink_update, sink_decay, memory_decays, refresh_below: how evicted frames change the sink (streamvid.sinks).
         sink_precision: of the averages: float32, or the cache's own, in which a decay near 1 does nothing in bfloat16.
-        past_bias: factor on the attention weight of finished frames other than the first (Daydream Scope's log-bias).
+        past_bias: factor on the attention weight of finished frames other than the first (Daydream Scope's log-bias), not
+            in replays.
         trained_frames, far_decay: factor on the attention weight of frames seen so far from the block's last or further.
         rope_interpolation, head_jitter: of `temporal_frequencies`.
         importance, max_reuse: of `TokenLedger`.
@@ -220,7 +221,7 @@ class ContextCache:
         self._mask = None
         dead = len(attended) <= attended[-1]
         bias = {}
-        if self.past_bias != 1.0:
+        if self.past_bias != 1.0 and plan.own[0].frame not in self.planner.slot_of:  # not in replays
             bias = {slot.slot: math.log(self.past_bias) for slot in plan.window[1:] if slot not in plan.own}
         if self.far_decay != 1.0 and self.trained_frames is not None:
             nearest = (

@@ -91,6 +91,10 @@ class _Recorder:
         if self.planner.latest_frames:
             self.planner.reanchor(self.planner.latest_frames)
 
+    def clean_latents(self, plan: BlockPlan) -> torch.Tensor:
+        """Latents of nothing."""
+        return torch.zeros(1, 1, len(plan.own), 1, 1)
+
     def begin(self, plan: BlockPlan) -> None:
         """A forward is about to run."""
         planner = self.planner
@@ -99,9 +103,10 @@ class _Recorder:
         self.sources = tuple(sorted(sources.union(plan.evicted if plan.compressed_from else ())))
         sink_end = planner.sink_start + self.options.sink
         gone = {*plan.attended, *plan.evicted}
+        rewritten = plan.own[0].frame in planner.slot_of
         self.forwards.append(
             Forward(
-                self.kind,
+                "replay" if rewritten else self.kind,
                 self.windows if self.kind == "window" else plan.block,
                 plan,
                 sink=tuple(frame for frame in plan.attended if 0 <= frame < sink_end),

@@ -14,7 +14,7 @@ from streamvid.compression import IMPORTANCE
 from streamvid.context import SINK_PRECISIONS
 from streamvid.errors import UserError
 from streamvid.positions import POSITIONS
-from streamvid.sampler import SAMPLERS, SOLVERS, Sampler, sampler_named
+from streamvid.sampler import SAMPLERS, SOLVERS, FewStepSampler, RollingSampler, Sampler
 from streamvid.sinks import SINK_UPDATES
 from streamvid.switching import switch_policy
 from streamvid.window import WindowOptions
@@ -79,6 +79,7 @@ class Method:
         head_jitter: how much the heads' temporal frequencies differ, as a share of the base (LoL).
         noise_correlation: of the noise of neighbouring frames in a block, negative for antiphase noise (FLEX).
         denoising_steps: levels of the few-step sampler before warping; None takes those of the model's scheduler.
+        recompute: before every block its past is written anew from clean latents; no context passes (Krea).
         context_timestep: timestep of the context pass (the releases' `context_noise`; no noise is added).
         context_window: what the context pass of the rolling sampler sees: the same as denoising, or what the release shows.
         transition: prompt-switch policy where a script or a live prompt names none (streamvid.switching).
@@ -112,6 +113,7 @@ class Method:
     head_jitter: float = 0.0
     noise_correlation: float = 0.0
     denoising_steps: tuple[float, ...] | None = None
+    recompute: bool = False
     context_timestep: float = 0.0
     context_window: str = "same"
     transition: str = "recache"
@@ -154,6 +156,13 @@ class Method:
             raise UserError(f"noise_correlation = {self.noise_correlation} must be between -1 and 1")
         if self.max_reuse < 1:
             raise UserError(f"max_reuse = {self.max_reuse} must be at least 1")
+        if self.recompute and (
+            self.sampler == "rolling" or self.sink_update != "static" or self.budget or self.pin_shots
+        ):
+            raise UserError(
+                "recompute = True writes whole frames of the past anew, which excludes sampler = rolling, a sink_update, a "
+                "budget and pin_shots: leave it out or change them"
+            )
         if self.shot_offset < 0:
             raise UserError(
                 f"shot_offset = {self.shot_offset} must not be negative: give 0 to skip no positions"
@@ -189,7 +198,9 @@ class Method:
 
     def new_sampler(self) -> Sampler:
         """The sampler of one stream."""
-        return sampler_named(self.sampler, self.solver, self.micro_steps, self.context_window == "release")
+        if self.sampler == "rolling":
+            return RollingSampler(self.micro_steps, self.context_window == "release")
+        return FewStepSampler(self.solver, self.recompute)
 
     def cache_options(self) -> dict[str, Any]:
         """What `ContextCache` takes beside the window."""

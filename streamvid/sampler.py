@@ -8,9 +8,9 @@ window each of them sees. Siblings of one signature:
 | few_step | one block, all levels | steps + 1 | Self Forcing, algorithm 2 |
 | rolling | levels / micro_steps blocks, each micro_steps levels cleaner than the next | micro_steps + 1 | see below |
 
-With one micro-step the rolling sampler is Rolling Forcing's (section 3.2), with more of them StreamDiT's moving buffer. How a
-block of the few_step sampler gets from one level to the next is the solver's: `renoise` predicts x0 and adds new noise, `unipc`
-adds none.
+With one micro-step the rolling sampler is that of Rolling Forcing (section 3.2), with more StreamDiT's moving buffer. How a
+block of the few_step sampler gets from one level to the next is the solver's: `renoise` predicts x0 and adds new noise,
+`unipc` adds none. With `recompute` it writes the past's keys anew before a block, and no context pass after it (Krea).
 """
 
 from __future__ import annotations
@@ -98,9 +98,6 @@ class UniPC:
         return self.scheduler.step(x_0, self.scheduler.timesteps[index], x_t, return_dict=False)[0]
 
 
-SOLVERS = ("renoise", "unipc")
-
-
 @dataclass(frozen=True)
 class BlockInputs:
     """What a sampler works with: the weights, and the state of the stream as it is for this block.
@@ -146,12 +143,23 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class FewStepSampler:
-    """One block after the other, each through all levels."""
+    """One block after the other, each through all levels.
+
+    Args:
+        solver: one of `SOLVERS`.
+        recompute: before a block, the frames that it will attend are written anew from their clean latents, as if they were
+            the beginning of a stream; there is no context pass.
+    """
 
     solver: str = "renoise"
+    recompute: bool = False
 
     def denoise(self, inputs: BlockInputs) -> tuple[BlockPlan, torch.Tensor]:
         plan = inputs.cache.planner.plan()
+        if self.recompute:
+            for past in inputs.cache.planner.recompute(plan):
+                inputs.cache.begin(past)
+                inputs.context_pass(inputs.cache.clean_latents(past))
         inputs.cache.begin(plan)
         latents = few_step_block(
             inputs.transformer,
@@ -166,7 +174,8 @@ class FewStepSampler:
         return plan, latents
 
     def context_pass(self, inputs: BlockInputs, plan: BlockPlan, latents_BCFHW: torch.Tensor) -> BlockPlan:
-        inputs.context_pass(latents_BCFHW)
+        if not self.recompute:
+            inputs.context_pass(latents_BCFHW)
         return plan
 
     def commit(self) -> None:
@@ -255,11 +264,5 @@ class RollingSampler:
         self.joint = self._next
 
 
-def sampler_named(
-    name: str, solver: str = "renoise", micro_steps: int = 1, released_context: bool = False
-) -> Sampler:
-    """A new sampler for one stream, one of `SAMPLERS`."""
-    return RollingSampler(micro_steps, released_context) if name == "rolling" else FewStepSampler(solver)
-
-
 SAMPLERS = ("few_step", "rolling")
+SOLVERS = ("renoise", "unipc")

@@ -256,6 +256,19 @@ class WindowPlanner:
             plans.append(self._plan(seen, own, self.slot_of, [], self.compressed))
         return plans
 
+    def recompute(self, plan: BlockPlan) -> list[BlockPlan]:
+        """Plans that write the past of a block anew: the frames it will attend, in groups as large as a block, each seeing
+        itself and those before it, as a stream that began with them."""
+        past, size = (
+            [frame for frame in plan.attended if frame not in plan.frames],
+            self.options.frames_per_block,
+        )
+        slot_of = {slot.frame: slot.slot for slot in plan.window}
+        return [
+            self._plan(past[: start + size], past[start : start + size], slot_of, [])
+            for start in range(0, len(past), size)
+        ]
+
     def replay_at_once(self, sink: bool) -> list[BlockPlan]:
         """One plan that rewrites the recent frames together, each seeing all; with `sink` also the sink's own."""
         first, pinned, recent = self._replayed()

@@ -25,7 +25,7 @@ class LiteralContext:
 
     Args:
         decay: share of the sink that stays when a frame is averaged into it.
-        bias: factor on the weight of finished frames but the first.
+        bias: factor on the weight of finished frames but the first, except where frames are written anew.
     """
 
     def __init__(self, grid=tiny.GRID, head_dim: int = 12, decay: float = 0.999, bias: float = 1.0):
@@ -56,7 +56,8 @@ class LiteralContext:
         own, at = ([slot.position for slot in slots] for slots in (self.plan.own, window))
         query, key = (rotate(x, rotation(p, *self.grid, self.head_dim)) for x, p in ((q, own), (keys, at)))
         weights = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(self.head_dim**-0.5).exp()
-        past = [index > 0 and slot not in self.plan.own for index, slot in enumerate(window)]
+        replays = (layer, self.plan.frames[0]) in self.raw
+        past = [index > 0 and slot not in self.plan.own and not replays for index, slot in enumerate(window)]
         weights = weights * torch.tensor([self.bias if p else 1.0 for p in past]).repeat_interleave(tokens)
         return torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdim=True), values)
 

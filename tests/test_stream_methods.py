@@ -181,6 +181,7 @@ EFFECTS = {
     "head_jitter": ({}, 0.5),
     "noise_correlation": ({}, -0.5),
     "denoising_steps": ({}, LEVELS[:1]),
+    "recompute": ({}, True),
     "context_timestep": ({}, 100.0),
     "context_window": (ROLLING, "release"),
     "transition": ({}, "cut"),
