@@ -15,6 +15,7 @@ import torch
 from streamvid import sinks
 from streamvid.compression import TokenLedger
 from streamvid.kernels.attention import attention_backend
+from streamvid.kv_storage import QuantisedKV
 from streamvid.rope import Rotation, rotate, rotation, temporal_frequencies
 from streamvid.window import BlockPlan, WindowOptions, WindowPlanner, WindowSlot
 
@@ -29,6 +30,7 @@ class CacheSnapshot(NamedTuple):
     rotated_at: dict[int, float]
     fused_for: int | None
     fused_latents: dict[int, torch.Tensor]
+    places: dict[int, int]
 
 
 class ContextCache:
@@ -52,6 +54,7 @@ class ContextCache:
         trained_frames, far_decay: factor on the attention weight of frames seen so far from the block's last or further.
         rope_interpolation, head_jitter: of `temporal_frequencies`.
         importance, max_reuse: of `TokenLedger`.
+        kv_dtype: how finished frames are stored (streamvid.kv_storage).
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ContextCache:
         head_jitter: float = 0.0,
         importance: str = "sum",
         max_reuse: int = 7,
+        kv_dtype: str = "native",
     ):
         self.planner = WindowPlanner(options)
         self.options = options
@@ -87,7 +91,14 @@ class ContextCache:
         self.past_bias = past_bias
         self.trained_frames, self.far_decay = trained_frames, far_decay
         self.temporal = temporal_frequencies(head_dim, heads, trained_frames, rope_interpolation, head_jitter)
-        shape = (layers, batch, options.slots * self.tokens_per_frame, heads, head_dim)
+        self.quantised: QuantisedKV | None = None
+        slots = options.slots
+        if kv_dtype != "native":
+            parts = (layers, batch, options.slots, self.tokens_per_frame, heads, head_dim)
+            recent = 2 * options.frames_per_block if kv_dtype == "kivi2" else 0
+            self.quantised = QuantisedKV(kv_dtype, parts, options.sink, recent, dtype, device)
+            slots = 0
+        shape = (layers, batch, slots * self.tokens_per_frame, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.sink_slots = 0 if options.positions == "absolute" and not options.fuse else options.sink
@@ -122,7 +133,8 @@ class ContextCache:
         tensors = [self.keys, self.values, self.raw_keys, self.sink_values, *(self.spare or ())]
         if self.options.fuse:
             tensors += [self.fused_keys, self.fused_values]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        quantised = 0 if self.quantised is None else self.quantised.bytes
+        return quantised + sum(t.numel() * t.element_size() for t in tensors)
 
     def begin(self, plan: BlockPlan) -> None:
         """Prepare the forwards of a block: rotation of its tokens, slots to write, keys that have to be re-aligned."""
@@ -132,6 +144,8 @@ class ContextCache:
         self._own = contiguous_runs([slot.slot for slot in plan.own], self.tokens_per_frame)
         if self.options.fuse:
             self._fuse(plan)
+        if self.quantised is not None:  # now that evicted frames have been read
+            self.quantised.begin([slot.slot for slot in plan.own], list(self.planner.slot_of.values()))
         if self.ledger is not None:
             self.ledger.begin(plan)
             self._compressed_layers.clear()
@@ -162,12 +176,18 @@ class ContextCache:
     def _span(self, slot: int) -> slice:
         return slice(slot * self.tokens_per_frame, (slot + 1) * self.tokens_per_frame)
 
+    def _stored(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a slot in all layers; those of the sink may be written to."""
+        if self.quantised is not None:
+            return self.quantised.span(slot)
+        return self.keys[:, :, self._span(slot)], self.values[:, :, self._span(slot)]
+
     def _realign(self, slot: WindowSlot, position: float) -> None:
         """Rotate a sink slot's raw key to a new position, in all layers."""
         raw_keys = self.raw_keys if self._fused_for is None else self.fused_keys
         by = self._turn([position])
         span = self._span(slot.slot)
-        self.keys[:, :, span] = rotate(raw_keys[:, :, span], by)
+        self._stored(slot.slot)[0].copy_(rotate(raw_keys[:, :, span], by))
         self.rotated_at[slot.frame] = position
 
     def _fuse(self, plan: BlockPlan) -> None:
@@ -189,7 +209,7 @@ class ContextCache:
         values = self.sink_values if self._fused_for is None else self.fused_values
         for slot in plan.window:
             if slot.slot < self.sink_slots and slot.slot not in own:
-                self.values[:, :, self._span(slot.slot)] = values[:, :, self._span(slot.slot)]
+                self._stored(slot.slot)[1].copy_(values[:, :, self._span(slot.slot)])
 
     def _kept(self, rank: int, frame: int) -> float | torch.Tensor:
         """Share of a sink frame that stays when it meets an evicted frame; its latents follow where it is replaced."""
@@ -203,12 +223,10 @@ class ContextCache:
 
     def _mix(self, evicted: int, sink: int, at: Rotation, kept: float | torch.Tensor) -> None:
         """`kept * sink + (1 - kept) * evicted`, of keys turned back and of values; slots, in all layers."""
-        source, target = self._span(evicted), self._span(sink)
-        keys = rotate(self.keys[:, :, source].to(self.raw_keys.dtype), Rotation(at.cos, -at.sin))
-        for average, new in (
-            (self.fused_keys, keys),
-            (self.fused_values, self.values[:, :, source].to(self.raw_keys.dtype)),
-        ):
+        target = self._span(sink)
+        rotated, values = (stored.to(self.raw_keys.dtype) for stored in self._stored(evicted))
+        keys = rotate(rotated, Rotation(at.cos, -at.sin))
+        for average, new in ((self.fused_keys, keys), (self.fused_values, values)):
             if isinstance(kept, torch.Tensor):
                 average[:, :, target] = torch.where(kept > 0, average[:, :, target], new)
             else:
@@ -253,10 +271,14 @@ class ContextCache:
                 self.raw_keys[layer][:, target.start : stop] = k_BLHD[:, kept]
                 if self.options.fuse:
                     self.sink_values[layer][:, target.start : stop] = v_BLHD[:, kept]
+        if self.quantised is not None:
+            self.quantised.keep(layer, [slot.slot for slot in self._plan.own])
         return self.attention(query, keys[:, : self._length], values[:, : self._length], self._mask)
 
     def _buffer(self, layer: int, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer; a block that finds the window full compresses them in its first forward."""
+        if self.quantised is not None:
+            return self.quantised.layer(layer)
         stored = self.keys[layer], self.values[layer]
         if self.ledger is None or self.spare is None:
             return stored
@@ -313,15 +335,27 @@ class ContextCache:
     def snapshot(self) -> CacheSnapshot:
         """A copy of everything a prompt switch may change. Not for the steady state: it clones the window."""
         tensors = tuple(t.clone() for t in self._state())
+        places = {} if self.quantised is None else dict(self.quantised.place)
         return CacheSnapshot(
-            tensors, self.planner.copy(), dict(self.rotated_at), self._fused_for, dict(self._fused_latents)
+            tensors,
+            self.planner.copy(),
+            dict(self.rotated_at),
+            self._fused_for,
+            dict(self._fused_latents),
+            places,
         )
 
     def _state(self) -> tuple[torch.Tensor, ...]:
-        own = self.keys, self.values, self.raw_keys, self.sink_values, self.sink_latents
+        own = (self.keys, self.values, self.raw_keys, self.sink_values, self.sink_latents)
         # a block that failed has overwritten what it fused
         fused = (self.fused_keys, self.fused_values) if self.options.fuse else ()
-        return *own, *fused, *((self.ledger.ids, self.ledger.uses) if self.ledger is not None else ())
+        quantised = () if self.quantised is None else self.quantised.tensors
+        return (
+            *own,
+            *fused,
+            *quantised,
+            *((self.ledger.ids, self.ledger.uses) if self.ledger is not None else ()),
+        )
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         """Go back to a snapshot."""
@@ -330,6 +364,8 @@ class ContextCache:
         self.planner = snapshot.planner.copy()
         self.rotated_at = dict(snapshot.rotated_at)
         self._fused_for, self._fused_latents = snapshot.fused_for, dict(snapshot.fused_latents)
+        if self.quantised is not None:
+            self.quantised.place = dict(snapshot.places)
 
     def stored(
         self, layer: int, frames: Sequence[int], rotated: bool = True
@@ -338,13 +374,8 @@ class ContextCache:
 
         Keys are rotated at their position, or with `rotated=False` turned back to what they were before.
         """
-        index = torch.cat(
-            [
-                torch.arange(self.tokens_per_frame) + self.planner.slot_of[f] * self.tokens_per_frame
-                for f in frames
-            ]
-        )
-        keys, values = self.keys[layer][:, index], self.values[layer][:, index]
+        pairs = [self._stored(self.planner.slot_of[frame]) for frame in frames]
+        keys, values = (torch.cat([pair[part][layer] for pair in pairs], 1) for part in (0, 1))
         if not rotated:
             by = self._turn(self.rotated_at[frame] for frame in frames)
             keys = rotate(keys, Rotation(by.cos, -by.sin))

@@ -13,6 +13,7 @@ import yaml
 from streamvid.compression import IMPORTANCE
 from streamvid.context import SINK_PRECISIONS
 from streamvid.errors import UserError
+from streamvid.kv_storage import KV_DTYPES
 from streamvid.positions import POSITIONS
 from streamvid.sampler import SAMPLERS, SOLVERS, FewStepSampler, RollingSampler, Sampler
 from streamvid.sinks import SINK_UPDATES
@@ -26,6 +27,7 @@ CHOICES = {
     "sink_precision": SINK_PRECISIONS,
     "positions": tuple(POSITIONS),
     "importance": tuple(IMPORTANCE),
+    "kv_dtype": KV_DTYPES,
     "context_window": ("same", "release"),
 }
 
@@ -82,6 +84,7 @@ class Method:
         recompute: before every block its past is written anew from clean latents; no context passes (Krea).
         context_timestep: timestep of the context pass (the releases' `context_noise`; no noise is added).
         context_window: what the context pass of the rolling sampler sees: the same as denoising, or what the release shows.
+        kv_dtype: how keys and values of finished frames are stored (streamvid.kv_storage).
         transition: prompt-switch policy where a script or a live prompt names none (streamvid.switching).
     """
 
@@ -116,6 +119,7 @@ class Method:
     recompute: bool = False
     context_timestep: float = 0.0
     context_window: str = "same"
+    kv_dtype: str = "native"
     transition: str = "recache"
 
     def __post_init__(self) -> None:
@@ -162,6 +166,10 @@ class Method:
             raise UserError(
                 "recompute = True writes whole frames of the past anew, which excludes sampler = rolling, a sink_update, a "
                 "budget and pin_shots: leave it out or change them"
+            )
+        if self.kv_dtype != "native" and self.budget:
+            raise UserError(
+                f"kv_dtype = {self.kv_dtype!r} stores whole frames and a budget keeps single tokens: leave one of them out"
             )
         if self.shot_offset < 0:
             raise UserError(
@@ -217,6 +225,7 @@ class Method:
             "head_jitter": self.head_jitter,
             "importance": self.importance,
             "max_reuse": self.max_reuse,
+            "kv_dtype": self.kv_dtype,
         }
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Method:

@@ -204,6 +204,11 @@ def test_a_rolling_window_has_one_block_per_level():
         ({"refresh_below": 0.5}, r"refresh_below = 0\.5 would have no effect: set sink_update = adaptive"),
         ({"refresh_below": 2, "sink_update": "adaptive"}, r"refresh_below = 2\.0 must be between -1 and 1"),
         ({"shot_offset": -1}, "shot_offset = -1 must not be negative: give 0"),
+        ({"kv_dtype": "int4"}, "kv_dtype = 'int4' is not known: choose one of native, int8, fp8, kivi2"),
+        (
+            {"kv_dtype": "int8", "window": 21, "budget": 16},
+            "kv_dtype = 'int8' stores whole frames and a budget",
+        ),
         ({"solver": "euler"}, "solver = 'euler' is not known: choose one of renoise, unipc"),
         ({"micro_steps": 2}, "micro_steps = 2 would have no effect: set sampler = rolling"),
         ({"micro_steps": 0}, "micro_steps = 0 must be at least 1"),

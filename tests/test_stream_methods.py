@@ -184,10 +184,13 @@ EFFECTS = {
     "recompute": ({}, True),
     "context_timestep": ({}, 100.0),
     "context_window": (ROLLING, "release"),
+    "kv_dtype": ({}, "int8"),
     "transition": ({}, "cut"),
 }
 # the same for other values
 MORE_EFFECTS = {
+    "kv_dtype of 8 bits": ({"kv_dtype": "int8"}, "fp8"),
+    "kv_dtype of 2 bits": ({"kv_dtype": "fp8"}, "kivi2"),
     "positions before the window": ({}, "sink_before_window"),
     "positions of the release": ({"positions": "sink_before_window"}, "deep_forcing_release"),
     "sink_update memory": ({"sink": 5}, "memory"),
