@@ -66,32 +66,37 @@ TEXT_ENCODER: Rules = (
     ("norm.weight", "encoder.final_layer_norm.weight"),
 )
 
-_RESIDUAL = (
+RESIDUAL = (
     ("residual.0.gamma", "norm1.gamma"),
     ("residual.2.{rest}", "conv1.{rest}"),
     ("residual.3.gamma", "norm2.gamma"),
     ("residual.6.{rest}", "conv2.{rest}"),
     ("shortcut.{rest}", "conv_shortcut.{rest}"),
 )
-_RESAMPLE = (("resample.1.{rest}", "resample.1.{rest}"), ("time_conv.{rest}", "time_conv.{rest}"))
+RESAMPLE = (("resample.1.{rest}", "resample.1.{rest}"), ("time_conv.{rest}", "time_conv.{rest}"))
 
 
 @lru_cache
 def vae_rules(residual_blocks: int = 2, levels: int = 4) -> Rules:
     """Rules of the Wan2.1 VAE. The decoder of diffusers is nested by level, Wan's is a flat list."""
     places = [
-        ("{net}.middle.0", "{net}.mid_block.resnets.0", _RESIDUAL),
-        ("{net}.middle.2", "{net}.mid_block.resnets.1", _RESIDUAL),
-        ("encoder.downsamples.{i}", "encoder.down_blocks.{i}", _RESIDUAL + _RESAMPLE),
+        ("{net}.middle.0", "{net}.mid_block.resnets.0", RESIDUAL),
+        ("{net}.middle.2", "{net}.mid_block.resnets.1", RESIDUAL),
+        ("encoder.downsamples.{i}", "encoder.down_blocks.{i}", RESIDUAL + RESAMPLE),
     ]
     flat = 0
     for level in range(levels):
         nested = f"decoder.up_blocks.{level}"
         for block in range(residual_blocks + 1):
-            places.append((f"decoder.upsamples.{flat}", f"{nested}.resnets.{block}", _RESIDUAL))
+            places.append((f"decoder.upsamples.{flat}", f"{nested}.resnets.{block}", RESIDUAL))
             flat += 1
-        places.append((f"decoder.upsamples.{flat}", f"{nested}.upsamplers.0", _RESAMPLE))
+        places.append((f"decoder.upsamples.{flat}", f"{nested}.upsamplers.0", RESAMPLE))
         flat += 1
+    return (*vae_ends(), *((f"{w}.{a}", f"{d}.{b}") for w, d, parts in places for a, b in parts))
+
+
+def vae_ends() -> Rules:
+    """Rules of what lies around the levels of either VAE."""
     return (
         ("conv1.{rest}", "quant_conv.{rest}"),
         ("conv2.{rest}", "post_quant_conv.{rest}"),
@@ -99,7 +104,6 @@ def vae_rules(residual_blocks: int = 2, levels: int = 4) -> Rules:
         ("{net}.middle.1.{rest}", "{net}.mid_block.attentions.0.{rest}"),
         ("{net}.head.0.gamma", "{net}.norm_out.gamma"),
         ("{net}.head.2.{rest}", "{net}.conv_out.{rest}"),
-        *((f"{w}.{a}", f"{d}.{b}") for w, d, parts in places for a, b in parts),
     )
 
 

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
+from streamvid import checkpoint_vae22
 from streamvid.checkpoint_files import read_json, read_state_dict, shortened
 from streamvid.checkpoint_keys import (
     TEXT_ENCODER,
@@ -29,6 +30,7 @@ from streamvid.checkpoint_keys import (
     to_diffusers,
     vae_rules,
 )
+from streamvid.checkpoint_vae22 import is_vae22
 from streamvid.errors import UserError
 from streamvid.transformer import CausalWanTransformer3DModel
 
@@ -326,7 +328,7 @@ def apply_lora(
 def load_vae(
     path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> AutoencoderKLWan:
-    """The Wan2.1 VAE from `Wan2.1_VAE.pth`, a file in diffusers' naming, or a folder.
+    """A VAE from `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`, a file in diffusers' naming, or a folder.
 
     Raises:
         UserError: the file is missing, damaged, or another model's.
@@ -336,24 +338,28 @@ def load_vae(
     config = _config_beside(folder, ("AutoencoderKLWan",)) or infer_vae_config(state, str(path))
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(config)
-    fit(vae, state, "the Wan2.1 VAE", str(path))
+    fit(vae, state, "the Wan2.2 VAE" if is_vae22(state) else "the Wan2.1 VAE", str(path))
     return _placed(vae, dtype, device)
 
 
 def vae_state(state: Mapping[str, Any]) -> State:
     """The VAE's tensors in diffusers' naming. The decoder's place of the first upsampler tells the blocks per level."""
     tensors = {unwrapped(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    if is_vae22(tensors):
+        return to_diffusers(tensors, checkpoint_vae22.rules())
     found = [re.match(r"decoder\.upsamples\.(\d+)\.resample\.", name) for name in tensors]
     flat = sorted({int(match[1]) for match in found if match})
     return to_diffusers(tensors, vae_rules(flat[0] - 1, len(flat) + 1) if flat else vae_rules())
 
 
 def infer_vae_config(state: State, source: str = "the checkpoint") -> dict[str, Any]:
-    """Config of the VAE whose weights (in diffusers' naming) these are; mean and deviation are those of the Wan2.1 VAE.
+    """Config of the VAE whose weights (in diffusers' naming) these are; mean and deviation are the published ones.
 
     Raises:
-        UserError: this is no Wan2.1 VAE.
+        UserError: this is no VAE of Wan.
     """
+    if is_vae22(state) and "post_quant_conv.weight" in state:
+        return checkpoint_vae22.infer_config(state)
     looks = looks_like(state)
     needed = (
         "encoder.conv_in.weight",

@@ -373,7 +373,10 @@ def _add_convert(commands) -> None:
     command.add_argument(
         "--transformer", required=True, help="the generator's checkpoint, in any published form"
     )
-    command.add_argument("--method", required=True, help="preset the transformer was distilled for")
+    command.add_argument(
+        "--release", help="the published model that this is: method, steps, size travel with it"
+    )
+    command.add_argument("--method", help="preset the transformer was distilled for (default: the release's)")
     command.add_argument("--vae", help="file or folder of the VAE")
     command.add_argument("--text-encoder", help="file or folder of the UMT5 encoder")
     command.add_argument("--tokenizer", help="folder of the tokenizer")
@@ -385,13 +388,13 @@ def _add_convert(commands) -> None:
         "--which", choices=("ema", "raw"), help="weights of the checkpoint (default: ema if there)"
     )
     command.add_argument("--head-dim", type=int, help="size of an attention head, where it is not 128")
-    command.add_argument("--shift", type=float, default=5.0, help="timestep shift (%(default)s)")
+    command.add_argument("--shift", type=float, help="timestep shift (default: the release's, else 5)")
     command.add_argument(
-        "--steps", type=_numbers, default=(1000, 750, 500, 250), help="levels, e.g. 1000,750,500,250"
+        "--steps", type=_numbers, help="levels (default: the release's, else 1000,750,500,250)"
     )
-    command.add_argument("--fps", type=float, default=16.0)
-    command.add_argument("--height", type=int, default=480)
-    command.add_argument("--width", type=int, default=832)
+    command.add_argument("--fps", type=float, help="default: the release's, else 16")
+    command.add_argument("--height", type=int, help="default: the release's, else 480")
+    command.add_argument("--width", type=int, help="default: the release's, else 832")
     command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the file's)")
     command.set_defaults(run=_convert)
 

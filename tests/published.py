@@ -6,12 +6,13 @@ from streamvid.checkpoint_keys import TRANSFORMER, renamed
 
 WAN_1_3B = {"dim": 1536, "ffn": 8960, "heads": 12, "layers": 30}
 WAN_14B = {"dim": 5120, "ffn": 13824, "heads": 40, "layers": 40}
+WAN_5B = {"dim": 3072, "ffn": 14336, "heads": 24, "layers": 30, "channels": 48}  # Wan2.2 TI2V, LongLive 2
 
 
-def published_shapes(dim: int, ffn: int, layers: int, **_) -> dict[str, tuple[int, ...]]:
+def published_shapes(dim: int, ffn: int, layers: int, channels: int = 16, **_) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an original Wan2.1 text-to-video checkpoint, written down from the published table."""
     shapes: dict[str, tuple[int, ...]] = {
-        "patch_embedding.weight": (dim, 16, 1, 2, 2),
+        "patch_embedding.weight": (dim, channels, 1, 2, 2),
         "patch_embedding.bias": (dim,),
         "text_embedding.0.weight": (dim, 4096),
         "text_embedding.2.weight": (dim, dim),
@@ -19,8 +20,8 @@ def published_shapes(dim: int, ffn: int, layers: int, **_) -> dict[str, tuple[in
         "time_embedding.2.weight": (dim, dim),
         "time_projection.1.weight": (6 * dim, dim),
         "time_projection.1.bias": (6 * dim,),
-        "head.head.weight": (64, dim),
-        "head.head.bias": (64,),
+        "head.head.weight": (4 * channels, dim),
+        "head.head.bias": (4 * channels,),
         "head.modulation": (1, 2, dim),
     }
     for name in ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"):
@@ -46,3 +47,14 @@ def meta(shapes) -> dict[str, torch.Tensor]:
 
 def in_wan_names(state, rules=TRANSFORMER) -> dict[str, torch.Tensor]:
     return {renamed(name, rules, to_wan=True): tensor.contiguous() for name, tensor in state.items()}
+
+
+def fsdp(state) -> dict[str, torch.Tensor]:
+    """Names as FSDP leaves them: around the whole network and around every block."""
+    wrapped = {}
+    for name, tensor in in_wan_names(state).items():
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            parts.insert(2, "_fsdp_wrapped_module")
+        wrapped["model._fsdp_wrapped_module." + ".".join(parts)] = tensor
+    return wrapped

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from published import WAN_1_3B, WAN_14B, in_wan_names, meta, published_shapes
+from published import WAN_1_3B, WAN_5B, WAN_14B, fsdp, in_wan_names, meta, published_shapes
 from safetensors.torch import load_file, save_file
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 from transformers import UMT5Config, UMT5EncoderModel
@@ -42,7 +42,7 @@ def same(model, state) -> bool:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "count"), [(WAN_1_3B, 825), (WAN_14B, 1095)])
+@pytest.mark.parametrize(("size", "count"), [(WAN_1_3B, 825), (WAN_14B, 1095), (WAN_5B, 825)])
 def test_full_size_key_sets_fit_in_both_namings(size, count):
     wan = meta(published_shapes(**size))
     assert len(wan) == count
@@ -59,7 +59,11 @@ def test_full_size_key_sets_fit_in_both_namings(size, count):
     # diffusers' own class has the same names and shapes, and its checkpoint loads as it is
     with torch.device("meta"):
         theirs = WanTransformer3DModel(
-            num_attention_heads=size["heads"], ffn_dim=size["ffn"], num_layers=size["layers"]
+            num_attention_heads=size["heads"],
+            ffn_dim=size["ffn"],
+            num_layers=size["layers"],
+            in_channels=size.get("channels", 16),
+            out_channels=size.get("channels", 16),
         ).state_dict()
     assert {name: tensor.shape for name, tensor in theirs.items()} == expected
     build_transformer(extract_transformer(theirs))
@@ -122,17 +126,6 @@ def weights():
 @pytest.fixture(scope="module")
 def averaged():
     return tiny.transformer(2).state_dict()
-
-
-def fsdp(state) -> dict[str, torch.Tensor]:
-    """Names as FSDP leaves them: around the whole network and around every block."""
-    wrapped = {}
-    for name, tensor in in_wan_names(state).items():
-        parts = name.split(".")
-        if parts[0] == "blocks":
-            parts.insert(2, "_fsdp_wrapped_module")
-        wrapped["model._fsdp_wrapped_module." + ".".join(parts)] = tensor
-    return wrapped
 
 
 def prefixed(state, prefix: str) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from streamvid.methods import OPTION_NAMES, SHOT_OPTION_NAMES, Method, load_meth
 # DESIGN, "Methods as compositions": sampler, block, window, sink, positions, transition, and what else is not the default
 PRESETS = {
     "self_forcing": ("few_step", 3, 21, 0, "absolute", "cross_only", {}),
+    "causal_forcing_framewise": ("few_step", 1, 21, 0, "absolute", "cross_only", {}),
     "longlive": ("few_step", 3, 12, 3, "absolute", "recache", {}),
     "longlive_infinite": ("few_step", 3, 12, 3, "cache_relative", "recache", {}),
     "longlive2_multishot": (
