@@ -340,11 +340,10 @@ class WindowPlanner:
         """Slots of every evicted frame and of the sink frames that it changes."""
         if self.options.memories:
             pairs = [(frame, kept) for frame in evicted for kept in sink[-self.options.memories :]]
+        elif self.options.fuse_release:
+            pairs = list(zip(evicted, sink, strict=False))
         else:
-            start = 0 if self.options.fuse_release else self.fusions
-            pairs = [(frame, sink[(start + n) % len(sink)]) for n, frame in enumerate(evicted)]
-        if self.options.fuse_release:
-            pairs = pairs[: len(sink)]
+            pairs = [(frame, sink[(self.fusions + n) % len(sink)]) for n, frame in enumerate(evicted)]
         return tuple((self.slot_of[frame], self.slot_of[kept]) for frame, kept in pairs)
 
     # --- parts of a plan --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamvid.errors import UserError
 from streamvid.positions import POSITIONS
-from streamvid.window import WindowOptions, WindowPlanner
+from streamvid.window import BlockPlan, WindowOptions, WindowPlanner
 
 LONGLIVE = WindowOptions(frames_per_block=3, window=12, sink=3)
 ROLLING = WindowOptions(3, 21, 3, "sink_before_window", joint_blocks=5)
@@ -228,6 +228,8 @@ def any_options(draw, kinds=("plain", "joint", "pinned", "budget")) -> WindowOpt
     if kind == "budget":
         recent = draw(st.integers(block, window - sink))
         budget = draw(st.integers(sink + recent, window))
+    fuse = kind != "budget" and sink > 0 and draw(st.booleans())
+    released = draw(st.booleans())
     return WindowOptions(
         block,
         window,
@@ -235,8 +237,9 @@ def any_options(draw, kinds=("plain", "joint", "pinned", "budget")) -> WindowOpt
         draw(st.sampled_from(names)),
         draw(st.none() | st.integers(window, window + 5)),
         joint_blocks=joint,
-        fuse=kind != "budget" and sink > 0 and draw(st.booleans()),
-        fuse_release=draw(st.booleans()),
+        fuse=fuse,
+        fuse_release=released,
+        memories=draw(st.integers(0, sink)) if fuse and not released else 0,
         budget=budget,
         recent=recent,
         first_sink_shift=draw(st.integers(0, 3)),
@@ -403,10 +406,14 @@ def check_block(planner: WindowPlanner, expected: Definition, share: float) -> N
         assert set(plan.evicted) == live.keys() - set(plan.attended)
     if options.fuse and plan.evicted and len(expected.split(live)[0]) == options.sink:
         fused = plan.evicted[: options.sink] if options.fuse_release else plan.evicted
-        assert [source for source, _ in plan.fused] == [live[frame] for frame in fused]
+        meetings = options.memories or 1
+        assert [source for source, _ in plan.fused][::meetings] == [live[frame] for frame in fused]
         sink_slots = [slot.slot for slot in plan.window[: options.sink]]
+        if options.memories:
+            memories = sink_slots[options.sink - options.memories :]
+            assert plan.fused == tuple((live[frame], slot) for frame in fused for slot in memories)
         start = 0 if options.fuse_release else expected.fusions
-        assert [target for _, target in plan.fused] == [
+        assert options.memories or [target for _, target in plan.fused] == [
             sink_slots[(start + n) % options.sink] for n in range(len(fused))
         ]
         assert plan.overwrites == (options.fuse_release and len(plan.evicted) != options.sink)
@@ -422,10 +429,26 @@ def check_block(planner: WindowPlanner, expected: Definition, share: float) -> N
     else:  # what is kept never moves
         assert plan.compressed_from == () and [slot.slot for slot in tokens] == list(planner.compressed)
         assert all(live[slot.frame] == slot.slot for slot in plan.window if slot.frame in live)
+    if options.budget is None:
+        check_recompute(planner, plan)
     finished = planner.context_plan(plan) if options.joint_blocks > 1 else plan
     assert finished.window == plan.window[: len(plan.window) - count + len(finished.own)]
     planner.commit(finished)
     expected.commit(list(finished.frames), rolls)
+
+
+def check_recompute(planner: WindowPlanner, plan: BlockPlan) -> None:
+    """All of the past, in order, in groups of a block, each seeing what came before it and nothing else."""
+    groups = planner.recompute(plan)
+    past = [frame for frame in plan.attended if frame not in plan.frames]
+    assert [frame for group in groups for frame in group.frames] == past
+    slot_of = {slot.frame: slot.slot for slot in plan.window}
+    for number, group in enumerate(groups):
+        end = min(len(past), (number + 1) * planner.options.frames_per_block)
+        assert list(group.attended) == past[:end] and not group.evicted and not group.fused
+        assert all(slot_of[slot.frame] == slot.slot for slot in group.window)
+        if planner.options.positions == "cache_relative":
+            assert group.positions == tuple(range(end))
 
 
 def check_replays(planner: WindowPlanner, expected: Definition) -> None:
