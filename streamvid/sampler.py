@@ -141,7 +141,7 @@ class Sampler(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class FewStepSampler:
     """One block after the other, each through all levels.
 

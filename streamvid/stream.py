@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from streamvid.context import CacheSnapshot, ContextCache
+from streamvid.control import DROPPED, REPLACED, Receipt, StreamState
 from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.errors import UserError
 from streamvid.methods import SHOT_OPTION_NAMES, Method
@@ -138,7 +139,10 @@ class VideoStream:
         self.current = first
         self.blend: _Blend | None = None
         self._prompt_kv: tuple[tuple[str, ...], torch.Tensor, PromptKV] | None = None
-        self._pending: PromptChange | None = None
+        self._pending: tuple[PromptChange, Receipt] | None = None
+        self._taken: tuple[PromptChange, Receipt] | None = None  # by the block in the making
+        self._running = threading.Event()  # not while paused
+        self._running.set()
         self._lock = threading.Lock()
         self._closed = False
         for shot in (
@@ -149,12 +153,15 @@ class VideoStream:
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
-    def prompt(self, text: str | list[str], policy: str | None = None) -> None:
+    def prompt(self, text: str | list[str], policy: str | None = None) -> Receipt:
         """Switch to another prompt at the next block; thread-safe, the last call before the block wins.
 
         Args:
             text: the prompt, or one per video of the batch.
             policy: name of a switch policy; None takes the method's.
+
+        Returns:
+            A receipt that tells when it was applied, and at which chunk.
         """
         prompts = self.pipe.check_prompts(text)
         videos = len(self.current.prompts)
@@ -166,15 +173,63 @@ class VideoStream:
             prompts = prompts * videos
         if policy is not None:
             switch_policy(policy)
+        receipt = Receipt(prompts, policy)
         with self._lock:
-            self._pending = PromptChange(prompts, policy)
+            self._forget_pending(REPLACED)
+            self._pending = PromptChange(prompts, policy), receipt
+            if self._ended:
+                self._forget_pending(DROPPED)
+        return receipt
+
+    def cut(self, text: str | list[str] | None = None) -> Receipt:
+        """Begin a new scene at the next block, under another prompt or the current one."""
+        return self.prompt(list(self.current.prompts) if text is None else text, "cut")
+
+    def pause(self) -> None:
+        """`next` waits from the next block on, until `resume` or `close`; thread-safe."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._running.set()
 
     def close(self) -> None:
-        """End the stream: `next` raises StopIteration from now on."""
+        """End the stream: `next` raises StopIteration from now on, also one that waits in a pause."""
         self._closed = True
+        self._running.set()
+        with self._lock:
+            self._forget_pending(DROPPED)
+
+    def state(self) -> StreamState:
+        """Where the stream is."""
+        pending = self._pending
+        return StreamState(
+            self.block,
+            self.frames_shown / self.fps,
+            self.current.prompts,
+            None if pending is None else pending[0].prompts,
+            self.method.name,
+            not self._running.is_set(),
+            self._closed,
+            tuple(self.cache.planner.live_frames),
+            self.cache.bytes,
+        )
+
+    @property
+    def _ended(self) -> bool:
+        return self._closed or (self.blocks is not None and self.block >= self.blocks)
+
+    def _forget_pending(self, status: str) -> None:
+        """What no block has taken up yet will not be applied."""
+        if self._pending is not None and self._pending is not self._taken:
+            self._pending[1].give_up(status)
+            self._pending = None
 
     def __next__(self) -> Chunk:
-        if self._closed or (self.blocks is not None and self.block >= self.blocks):
+        self._running.wait()
+        if self._ended:
+            with self._lock:
+                self._forget_pending(DROPPED)
             raise StopIteration
         undo = _Undo()
         try:
@@ -182,14 +237,18 @@ class VideoStream:
         except BaseException:
             if undo.snapshot is not None:
                 self.cache.restore(undo.snapshot)
+            with self._lock:
+                taken, self._taken = self._taken, None
+                if taken is not None and taken is not self._pending:  # a later prompt came meanwhile
+                    taken[1].give_up(REPLACED)
             raise
 
     @torch.no_grad()
     def _next_chunk(self, undo: _Undo) -> Chunk:
         clock = _Clock()
         with self._lock:
-            pending = self._pending
-        change = self._change(pending)
+            pending = self._taken = self._pending
+        change = self._change(None if pending is None else pending[0])
         events: tuple[str, ...] = ()
         with clock.stage("switch"):
             state = self._after(change)
@@ -232,8 +291,10 @@ class VideoStream:
         self.block += 1
         self.frames_shown += shown
         with self._lock:
-            if self._pending is pending:
-                self._pending = None
+            if pending is not None:  # one that came meanwhile is for the next block
+                pending[1].apply(chunk.index, chunk.media_time)
+                self._pending = None if self._pending is pending else self._pending
+            self._taken = None
         return chunk
 
     # --- parts of a block -------------------------------------------------------------------------------------------

@@ -313,7 +313,11 @@ def test_a_prompt_that_comes_while_a_block_is_made_waits_for_the_next():
     stream = start(decode_pixels=False)
     next(stream)
     stream.prompt(SNOW)
-    hook = tiny.pipeline().transformer.blocks[0].register_forward_pre_hook(lambda *_: stream.prompt(CAT))
+
+    def meanwhile(*_):
+        stream.prompt(CAT)
+
+    hook = tiny.pipeline().transformer.blocks[0].register_forward_pre_hook(meanwhile)
     assert next(stream).prompt == SNOW
     hook.remove()
     assert next(stream).prompt == CAT
