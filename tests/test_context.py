@@ -40,7 +40,9 @@ class LiteralContext:
         self.plan, self.seen = plan, dict(self.raw)
         self.frame_at |= {slot.slot: slot.frame for slot in plan.window}
         decay = 0.0 if plan.overwrites else self.decay
-        for frame, (_, sink) in zip(plan.evicted, plan.fused, strict=False):
+        meetings = max(1, len(plan.fused) // max(1, len(plan.evicted)))  # of an evicted frame
+        for number, (_, sink) in enumerate(plan.fused):
+            frame = plan.evicted[number // meetings]
             for layer in {layer for layer, _ in self.raw}:
                 into = layer, self.frame_at[sink]
                 pairs = zip(self.seen[into], self.seen[layer, frame], strict=True)

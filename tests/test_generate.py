@@ -236,10 +236,10 @@ def test_words_the_model_does_not_know_are_one_warning(model, tmp_path, capsys):
 def fail_at_block(monkeypatch, number: int, error: BaseException) -> None:
     real = sampler.few_step_block
 
-    def block(transformer, scheduler, steps, plan, *rest):
+    def block(transformer, scheduler, steps, plan, *rest, **options):
         if plan.block == number:
             raise error
-        return real(transformer, scheduler, steps, plan, *rest)
+        return real(transformer, scheduler, steps, plan, *rest, **options)
 
     monkeypatch.setattr(sampler, "few_step_block", block)
 
