@@ -110,7 +110,10 @@ def vae_ends() -> Rules:
 # What a set of names belongs to, the most telling marks first.
 _LOOKS = (
     (r"\blora_[AB]\.", "a LoRA"),
-    (r"quantized_weight_values|_extra_state$", "a quantised LongLive 2 transformer"),
+    (
+        r"quantized_weight_values|_extra_state$",
+        "a quantised LongLive 2 transformer (model_bf16.pt is the one to give)",
+    ),
     (r"\bvace_", "a Wan VACE transformer"),
     (r"\b(k_img|add_k_proj|img_emb|image_embedder)\b", "an image-to-video Wan transformer"),
     (r"^encoder\.downsamples\.\d+\.downsamples\.|^encoder\.down_blocks\.\d+\.resnets\.", "the Wan2.2 VAE"),

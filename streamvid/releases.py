@@ -40,5 +40,12 @@ RELEASES = {
         "autoregressive_checkpoint/model.pt", "self_forcing", shift=8.0, steps=(1000, 757, 522), warp=False
     ),
     "krea": Release("krea-realtime-video-14b.safetensors", "krea", steps=(1000, 750, 500, 250, 0)),
-    "longlive2": Release("model_bf16.pt (5B)", "longlive2_multishot", fps=24.0, height=704, width=1280),
+    "longlive2": Release(
+        "model_bf16.pt (5B)",
+        "longlive2_multishot",
+        steps=(999, 749.25, 499.5, 249.75),
+        fps=24.0,
+        height=704,
+        width=1280,
+    ),
 }

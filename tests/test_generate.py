@@ -363,7 +363,8 @@ def test_an_interrupt_keeps_everything(start, beginning, tmp_path):
     assert "Traceback" not in told
     record = manifest(video)
     assert record["status"] == "interrupted"
-    assert assert_begins(video, beginning) == record["totals"]["frames"]
+    shown, noted = assert_begins(video, beginning), record["totals"]["frames"]
+    assert shown in (noted, noted + 12)  # the signal may come between the writing of a chunk and its note
 
 
 def test_a_kill_keeps_what_was_committed(start, beginning, tmp_path):

@@ -110,7 +110,7 @@ def test_the_past_is_told_the_new_prompt():
 
 
 def test_the_bias_on_the_past_is_not_in_what_is_written_anew():
-    stream = start(**KREA, past_bias=0.3)
+    stream = start(**{**KREA, "window": 9}, past_bias=0.3)  # its past is more than one group
     masks, choose = [], stream.cache._choose_keys
 
     def noting(plan):
@@ -120,7 +120,7 @@ def test_the_bias_on_the_past_is_not_in_what_is_written_anew():
 
     stream.cache._choose_keys = noting
     list(islice(stream, 3))
-    assert masks == [(0, False), (0, False), (3, True), (0, False), (6, True)]
+    assert masks == [(0, False), (0, False), (3, True), (0, False), (3, False), (6, True)]
 
 
 def test_krea_executes_its_last_level():
