@@ -376,7 +376,6 @@ COUPLED_PLACES: dict[str, tuple[int, tuple[float, ...]]] = {
     "hills": (2, (0, 1, -1, 0)),
     "sun_x": (0, (1, 0, -1, 0)),
     "clouds": (0, (1, 0, -1, 0)),
-    "phase": (2, (0, 1, -1, 0)),
 }
 
 

@@ -48,14 +48,14 @@ class Scene:
 
 
 # The places that scenery takes: few, and whole tokens of the embedded model (32 px) apart, so that it has to learn each
-# picture once and not at every shift.
+# picture once and not at every shift. A bounce lasts one block: from one phase, it looks alike in every block of every shot.
 SCENERY: dict[str, tuple[float, ...]] = {
     "subject_x": (0.1, 0.9),
     "hills": (0.0, 0.375),
     "ground_phase": (0.0,),
     "sun_x": (0.0, 1 / 3, 2 / 3),
     "clouds": (0.0, 0.375),
-    "phase": (0.0, 0.5),
+    "phase": (0.0,),
 }
 
 

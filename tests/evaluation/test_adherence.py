@@ -192,7 +192,7 @@ def test_the_ceiling_sends_renders_through_the_vae(monkeypatch):
     row = run(parts=("vae",))["vae"]
     assert (row["mean"], row["psnr"], row["psnr_last"]) == (1.0, 30.0, 28.0)
     assert len(scenes) == 12 and all(map(is_held_out, scenes))
-    assert len(places) > 6  # of 48, drawn anew for every clip
+    assert len(places) > 6  # of 24, drawn anew for every clip
 
 
 def test_the_command_writes_numbers_and_prints_a_table(tmp_path, monkeypatch, capsys):
