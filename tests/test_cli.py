@@ -13,7 +13,8 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 
-from streamvid.cli import main, parse_assignments
+from streamvid.cli import main
+from streamvid.commands.common import parse_assignments
 from streamvid.errors import UserError
 from streamvid.script import MAX_PROMPT_CHARACTERS
 
@@ -401,7 +402,7 @@ def test_warnings_are_one_line_and_end_with_the_command(capsys, monkeypatch):
         warnings.warn("two\nlines", stacklevel=1)
 
     shown = warnings.showwarning
-    monkeypatch.setattr("streamvid.cli._info", warn)
+    monkeypatch.setattr("streamvid.commands.info.run", warn)
     assert main(["info"]) == 0
     assert capsys.readouterr().err == "warning: two lines\n"
     assert warnings.showwarning is shown

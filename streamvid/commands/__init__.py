@@ -1,0 +1,1 @@
+"""The commands, one module each: `add(commands)` declares its options and what runs it."""

@@ -1,0 +1,17 @@
+"""`streamvid parity`."""
+
+from __future__ import annotations
+
+
+def add(commands) -> None:
+    command = commands.add_parser(
+        "parity", help="run recorded reference cases and print the error of every tensor"
+    )
+    command.add_argument("folders", nargs="+", metavar="CASE_FOLDER")
+    command.set_defaults(run=run)
+
+
+def run(options) -> int:
+    from streamvid.parity import main as parity
+
+    return parity(options.folders)
