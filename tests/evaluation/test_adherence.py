@@ -210,3 +210,33 @@ def test_the_command_writes_numbers_and_prints_a_table(tmp_path, monkeypatch, ca
     assert table(written) in told and "changed attributes" in told
     lines = table(written).splitlines()
     assert {line.count("|") for line in lines} == {4 + len(ATTRIBUTES)} and len(lines) == 4
+
+
+def test_processes_give_the_same_numbers(monkeypatch):
+    """Groups are answered in any process, one by one, as the real worker would."""
+    here = run(parts=("start", "switch"))
+    monkeypatch.setattr(adherence, "load_pipeline", lambda model: FakePipeline())
+    monkeypatch.setattr(adherence, "_shipped_probe", FakeProbe)
+    threads = torch.get_num_threads()
+    adherence._load("diorama", {})
+    torch.set_num_threads(threads)
+    there = run(
+        parts=("start", "switch"), answer=lambda groups: [adherence._answer_in_worker(g) for g in groups]
+    )
+    assert {**here, "seconds": 0} == {**there, "seconds": 0}
+
+
+def test_two_processes_of_the_real_model(tmp_path, monkeypatch, capsys):
+    """The shipped model, measured by workers and here: the same file but for its time; and the picture of it."""
+    monkeypatch.undo()
+    written = []
+    for count in ("1", "2"):
+        output, sheet = tmp_path / f"{count}.json", tmp_path / f"{count}.png"
+        arguments = ["--prompts", "2", "--seeds", "0", "--parts", "start", "--processes", count]
+        monkeypatch.setattr(
+            "sys.argv", ["adherence", *arguments, "--output", str(output), "--contact-sheet", str(sheet)]
+        )
+        adherence.main()
+        written.append({**json.loads(output.read_text()), "seconds": 0})
+        assert sheet.stat().st_size > 10_000
+    assert written[0] == written[1]
