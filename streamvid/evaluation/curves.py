@@ -18,19 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from streamvid.evaluation.appearance import look
 from streamvid.world.probe import WINDOW_FRAMES, AttributeProbe
 from streamvid.world.prompts import parse
 from streamvid.world.scene import ATTRIBUTES
 
 SECONDS = 2.0
-
-
-def look(frames: np.ndarray) -> np.ndarray:
-    """Mean and standard deviation of each colour, and mean absolute gradient along rows and columns, `[8]`."""
-    pixels = frames.astype(np.float32)
-    colours = pixels.reshape(-1, pixels.shape[-1])
-    edges = [np.abs(np.diff(pixels, axis=axis)).mean() for axis in (1, 2)]
-    return np.concatenate([colours.mean(0), colours.std(0), edges])
 
 
 class Curves:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from streamvid.decoding import decode, decoder_state
-from streamvid.evaluation.curves import look
+from streamvid.evaluation.appearance import look
 from streamvid.io.files import replace_atomically
 from streamvid.methods import load_method, method_names
 from streamvid.models import DEFAULT_MODEL, load_pipeline, load_probe

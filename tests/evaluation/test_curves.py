@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from streamvid.evaluation.curves import Curves, look
+from streamvid.evaluation.appearance import look
+from streamvid.evaluation.curves import Curves
 from streamvid.models import load_probe
 from streamvid.world.render import render_clip
 from streamvid.world.scene import Scene, Scenery
