@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from streamvid import sinks
 from streamvid.compression import TokenLedger
@@ -120,12 +121,14 @@ class ContextCache:
         self.rotated_at: dict[int, float] = {}  # frame -> position its stored key is rotated at
         self.attention = attention_backend(attention)
         self._own: list[tuple[slice, slice]] = []
+        self._frozen_runs = 0  # of `_own`: written by the first forward only
         self._rotation: Rotation
+        self._query_rotation: Rotation
         self._length = 0
         self._mask: torch.Tensor | None = None
         self._raw_tokens = 0
         self._plan: BlockPlan
-        self._compressed_layers: set[int] = set()
+        self._begun: set[int] = set()  # layers that have seen the block's first forward
 
     @property
     def bytes(self) -> int:
@@ -140,15 +143,21 @@ class ContextCache:
         """Prepare the forwards of a block: rotation of its tokens, slots to write, keys that have to be re-aligned."""
         self._plan = plan
         anchor = self._anchor(plan)
-        self._rotation = self._turn(slot.position + anchor for slot in plan.own)
-        self._own = contiguous_runs([slot.slot for slot in plan.own], self.tokens_per_frame)
+        self._rotation = self._query_rotation = self._turn(slot.position + anchor for slot in plan.own)
+        if plan.queries_ahead:
+            ahead = anchor + plan.queries_ahead
+            self._query_rotation = self._turn(slot.position + ahead for slot in plan.own)
+        slots = [slot.slot for slot in plan.own]
+        frozen = contiguous_runs(slots[: plan.frozen], self.tokens_per_frame)
+        self._own = frozen + contiguous_runs(slots, self.tokens_per_frame, plan.frozen)
+        self._frozen_runs = len(frozen)
+        self._begun.clear()
         if self.options.fuse:
             self._fuse(plan)
         if self.quantised is not None:  # now that evicted frames have been read
             self.quantised.begin([slot.slot for slot in plan.own], list(self.planner.slot_of.values()))
         if self.ledger is not None:
             self.ledger.begin(plan)
-            self._compressed_layers.clear()
         for slot in plan.window:
             if slot.slot < self.sink_slots and slot not in plan.own:
                 position = slot.position + anchor
@@ -255,14 +264,17 @@ class ContextCache:
             alive = torch.zeros(attended[-1] + 1, dtype=torch.bool, device=self.device)
             alive[attended] = True
             self._mask = alive.repeat_interleave(self.tokens_per_frame)
+        if self._mask is not None and plan.empty:
+            unbiased = torch.full((plan.empty * self.tokens_per_frame,), not bias).to(self._mask)
+            self._mask = torch.cat([self._mask, unbiased])
 
     def attend(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
     ) -> torch.Tensor:
         """Write the block's keys and values into its slots, then attend the window (`AttentionContext`)."""
-        query, key = rotate(q_BLHD, self._rotation), rotate(k_BLHD, self._rotation)
+        query, key = rotate(q_BLHD, self._query_rotation), rotate(k_BLHD, self._rotation)
         keys, values = self._buffer(layer, query, key, v_BLHD)
-        for source, target in self._own:
+        for source, target in self._own[self._frozen_runs if layer in self._begun else 0 :]:
             keys[:, target] = key[:, source]
             values[:, target] = v_BLHD[:, source]
             if self._raw_tokens and target.start < self.raw_keys.shape[2]:
@@ -273,7 +285,12 @@ class ContextCache:
                     self.sink_values[layer][:, target.start : stop] = v_BLHD[:, kept]
         if self.quantised is not None:
             self.quantised.keep(layer, [slot.slot for slot in self._plan.own])
-        return self.attention(query, keys[:, : self._length], values[:, : self._length], self._mask)
+        self._begun.add(layer)
+        keys, values = keys[:, : self._length], values[:, : self._length]
+        if self._plan.empty:
+            missing = (0, 0, 0, 0, 0, self._plan.empty * self.tokens_per_frame)
+            keys, values = F.pad(keys, missing), F.pad(values, missing)
+        return self.attention(query, keys, values, self._mask)
 
     def _buffer(self, layer: int, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer; a block that finds the window full compresses them in its first forward."""
@@ -284,9 +301,8 @@ class ContextCache:
             return stored
         if self._plan.compressed_from:
             spare = self.spare[0][layer], self.spare[1][layer]
-            if layer not in self._compressed_layers:
+            if layer not in self._begun:
                 self.ledger.compress(layer, self._plan, query, (key, value), stored, spare)
-                self._compressed_layers.add(layer)
             stored = spare
         self.ledger.remember(layer, query)
         return stored
@@ -382,15 +398,18 @@ class ContextCache:
         return keys, values
 
 
-def contiguous_runs(slots: Sequence[int], tokens_per_frame: int) -> list[tuple[slice, slice]]:
-    """Token slices (in the block, in the buffer) of runs of neighbouring slots: usually one, two where the ring wraps."""
+def contiguous_runs(slots: Sequence[int], tokens_per_frame: int, first: int = 0) -> list[tuple[slice, slice]]:
+    """Token slices (in the block, in the buffer) of runs of neighbouring slots: usually one, two where the ring wraps.
+
+    The block's frames before `first` are left out.
+    """
     runs: list[list[int]] = []
-    for slot in slots:
+    for slot in slots[first:]:
         if runs and slot == runs[-1][-1] + 1:
             runs[-1].append(slot)
         else:
             runs.append([slot])
-    pieces, start = [], 0
+    pieces, start = [], first * tokens_per_frame
     for run in runs:
         length = len(run) * tokens_per_frame
         first = run[0] * tokens_per_frame

@@ -276,6 +276,10 @@ def changes_text(forward: Forward) -> str:
         parts.append(f"evicts {runs(plan.evicted)}")
     if forward.pinned:
         parts.append(f"{runs(forward.pinned)} pinned")
+    if plan.empty:
+        parts.append(f"attends {plan.empty} empty")
+    if plan.frozen:
+        parts.append(f"{runs(plan.frames[: plan.frozen])} stay as in the first step")
     return "; ".join(parts)
 
 

@@ -18,13 +18,14 @@ from streamvid.positions import POSITIONS
 from streamvid.sampler import SAMPLERS, SOLVERS, FewStepSampler, RollingSampler, Sampler
 from streamvid.sinks import SINK_UPDATES
 from streamvid.switching import switch_policy
-from streamvid.window import WindowOptions
+from streamvid.window import SINK_FILLINGS, WindowOptions
 
 CHOICES = {
     "sampler": SAMPLERS,
     "solver": SOLVERS,
     "sink_update": SINK_UPDATES,
     "sink_precision": SINK_PRECISIONS,
+    "sink_filling": SINK_FILLINGS,
     "positions": tuple(POSITIONS),
     "importance": tuple(IMPORTANCE),
     "kv_dtype": KV_DTYPES,
@@ -37,6 +38,10 @@ COUNTS_WITH: dict[str, tuple[str, Callable[[Method], bool]]] = {
     "memory_decays": ("sink_update = memory", lambda m: m.sink_update == "memory"),
     "refresh_below": ("sink_update = adaptive", lambda m: m.sink_update == "adaptive"),
     "sink_precision": ("sink_update = ema", lambda m: m.sink_update != "static"),
+    "sink_filling": (
+        "sampler = few_step and a sink above frames_per_block",
+        lambda m: m.sampler == "few_step" and m.sink > m.frames_per_block,
+    ),
     "recent": ("a budget", lambda m: m.budget is not None),
     "importance": ("a budget", lambda m: m.budget is not None),
     "max_reuse": ("a budget", lambda m: m.budget is not None),
@@ -67,6 +72,7 @@ class Method:
         frames_per_block, window, sink: what a block attends (`WindowOptions`), in latent frames.
         sink_update: static, or how evicted frames change the sink: ema, ema_release, memory, adaptive (streamvid.sinks).
         sink_decay, sink_precision: share of the sink that stays at each average, and the precision it is kept in.
+        sink_filling: how a sink larger than a block is seen until the stream has filled it (streamvid.window).
         memory_decays: with memory, the share that stays of each of the last sink frames, slow ones first.
         refresh_below: with adaptive, cosine similarity of latents below which an evicted frame replaces a sink frame.
         positions: at which temporal positions frames are seen (streamvid.positions).
@@ -99,6 +105,7 @@ class Method:
     sink_update: str = "static"
     sink_decay: float = 0.999
     sink_precision: str = "float32"
+    sink_filling: str = "clean"
     memory_decays: tuple[float, ...] = (0.99, 0.9)
     refresh_below: float = 0.8
     positions: str = "absolute"
@@ -202,6 +209,7 @@ class Method:
             first_sink_shift=self.first_sink_shift,
             shot_offset=self.shot_offset,
             pin_shots=self.pin_shots,
+            sink_filling=self.sink_filling,
         )
 
     def new_sampler(self) -> Sampler:

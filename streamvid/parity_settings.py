@@ -54,6 +54,7 @@ MODES = {"deep sink only": (), "deep sink + participative compression": COMPRESS
 COUNTS = ("evictions", "windows", "switches_applied_at_frame")
 # `cache.k_stored_after_rope` -> positions: what is stored tells how the reference places it.
 POSITIONS = {True: "absolute", False: "cache_relative"}
+LONGLIVE_SPAN = 21
 
 
 def stream_method(case: Case) -> Method:
@@ -73,14 +74,16 @@ def stream_method(case: Case) -> Method:
     options = {ours: streaming[key] for key, ours in STREAMING_OPTIONS.items() if key in streaming}
     options |= {"transition": "cross_only"}
     options |= family(case, streaming)
-    sink, block = options["sink"], options["frames_per_block"]
-    project = str(case.settings.get("reference", {}).get("project"))
-    if sink > block and ("LongLive" in project or "ema_decay" in streaming):
-        raise case.missing(
-            f"streaming.sink_size = {sink} above frames_per_block = {block}",
-            "a sink larger than a block, of which LongLive and Reward Forcing attend empty slots",
-        )
+    if options["sink"] > options["frames_per_block"]:
+        if "ema_decay" in streaming:
+            options["sink_filling"] = "reward_forcing_release"
+        elif _longlive(case):
+            options["sink_filling"] = "longlive_release"
     return Method(name="recorded").with_overrides(options)
+
+
+def _longlive(case: Case) -> bool:
+    return "LongLive" in str(case.settings.get("reference", {}).get("project"))
 
 
 def _rolling(case: Case, streaming: dict) -> dict[str, Any]:
@@ -119,6 +122,8 @@ def _block_by_block(case: Case, streaming: dict) -> dict[str, Any]:
                 f"{case.folder}/case.json: latent.F exceeds streaming.cache_capacity_frames = {capacity}, "
                 "and local_attn_size = -1 evicts nothing: give a window"
             )
+        if _longlive(case):  # its attention span without a window is a constant, whatever the cache holds
+            window = min(window, LONGLIVE_SPAN)
     after_rope = case.settings.get("cache", {}).get("k_stored_after_rope", True)
     if not isinstance(after_rope, bool):
         raise case.missing(f"cache.k_stored_after_rope = {after_rope!r}", "keys of both kinds in one cache")
@@ -133,7 +138,7 @@ def _averaged(case: Case, streaming: dict) -> dict[str, Any]:
 def _deep(case: Case, streaming: dict) -> dict[str, Any]:
     """Deep Forcing, which shortens its cache when that is full: a larger one would be another window."""
     window, capacity = streaming["local_attn_size"], streaming["cache_capacity_frames"]
-    if window != capacity:
+    if window not in (-1, capacity):
         raise case.missing(
             f"streaming.cache_capacity_frames = {capacity}",
             f"a cache of other than local_attn_size = {window}",
@@ -143,12 +148,13 @@ def _deep(case: Case, streaming: dict) -> dict[str, Any]:
         raise case.missing(
             "cache.k_stored_after_rope = False", "a deep sink whose keys are stored before RoPE"
         )
-    shift = (
-        streaming["first_sink_rotation_literal"] - streaming["budget_frames"]
-        if "budget_frames" in streaming
-        else 0
-    )
-    return options | {"positions": "deep_forcing_release", "first_sink_shift": shift}
+    options |= {"positions": "deep_forcing_release"}
+    if "budget_frames" not in streaming:
+        return options
+    budget = streaming["budget_frames"]
+    least = streaming["sink_size"] + streaming["recent_frames"]
+    options["budget"] = max(min(budget, options["window"]), least)  # as the release bounds it
+    return options | {"first_sink_shift": streaming["first_sink_rotation_literal"] - budget}
 
 
 # What follows from which keys; which keys a stream then has.
@@ -176,12 +182,16 @@ def check_derived(case: Case, method: Method, switches: dict[int, str]) -> None:
     follows = {
         ("streaming", "windows"): blocks + len(method.denoising_steps or ()) - 1 if rolling else None,
         ("streaming", "evictions"): None if rolling else len(rolls),
-        ("streaming", "switches_applied_at_frame"): [at * method.frames_per_block for at in switches] or None,
+        ("streaming", "switches_applied_at_frame"): [
+            at * method.frames_per_block for at in switches if at < blocks
+        ],
         ("cache", "layers"): case.settings["model"]["num_layers"],
         ("cache", "tokens_per_frame"): tokens,
         ("cache", "v_has_rope"): False,
-        ("cache", "sink_rotation_frames_per_roll"): [roll["sink_rotation_frames"] for roll in rolls],
     }
+    if method.sink:
+        rotations = [roll["sink_rotation_frames"] for roll in rolls]
+        follows["cache", "sink_rotation_frames_per_roll"] = rotations
     rows = [
         (f"{section}.{key}", case.settings[section][key], value)
         for (section, key), value in follows.items()
@@ -212,17 +222,16 @@ def cache_rolls(method: Method, blocks: int, tokens: int) -> list[dict[str, Any]
         stored = len(planner.live_frames) + len(planner.compressed) + method.frames_per_block
         plan = planner.plan()
         if plan.evicted or plan.compressed_from:
-            position = plan.window[0].position if method.sink else sink_at
-            rolls.append(
-                {
-                    "roll": len(rolls),
-                    "block": block,
-                    "tokens_before": stored * tokens,
-                    "tokens_after": len(plan.window) * tokens,
-                    "sink_rotation_frames": position - sink_at,
-                }
-            )
-            sink_at = position
+            roll: dict[str, Any] = {
+                "roll": len(rolls),
+                "block": block,
+                "tokens_before": stored * tokens,
+                "tokens_after": len(plan.window) * tokens,
+            }
+            if method.sink:  # without one there is nothing to rotate, whatever was recorded
+                roll["sink_rotation_frames"] = plan.window[0].position - sink_at
+                sink_at = plan.window[0].position
+            rolls.append(roll)
         planner.commit(plan)
     return rolls
 
@@ -237,5 +246,5 @@ def switch_policies(case: Case) -> dict[int, str]:
     blocks: list[int] = []
     for frame in frames:
         block = -(-frame // streaming["frames_per_block"])
-        blocks.append(max(block, blocks[-1] + 1 if blocks else 1))  # one switch per block
+        blocks.append(max(block, blocks[-1] + 1) if blocks else block)  # one switch per block
     return dict.fromkeys(blocks, f"recache(bidirectional, {sink})")

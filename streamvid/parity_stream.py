@@ -157,7 +157,7 @@ def run_stream(case: Case) -> Iterator[Row]:
     pipe = RecordedPipeline(case, scheduler)
     noise = RecordedNoise(case)
     stream = pipe.stream(
-        ["prompt/0"] * latent["B"],
+        ["prompt/1" if 0 in switches else "prompt/0"] * latent["B"],
         method=method,
         height=latent["H"] * pipe.spatial_ratio,
         width=latent["W"] * pipe.spatial_ratio,
@@ -196,18 +196,21 @@ def _play(stream: VideoStream, noise: RecordedNoise, switches: dict[int, str], b
     seen: Tensors = {}
     segment_of = {block: segment for segment, block in enumerate(switches, 1)}
     rolls, latents = 0, []
+    rotated = stream.method.positions != "cache_relative"  # as the reference stores its keys
 
     def at_block(block: int) -> None:
         """The first forward of a block is about to run: its window is as the switch left it."""
         if block in segment_of:
             for layer in range(len(stream.cache.keys)):
                 live = stream.cache.planner.live_frames
-                for kind, tensor in zip("kv", stream.cache.stored(layer, live), strict=True):
+                nothing = (stream.cache.keys[layer][:, :0],) * 2
+                stored = stream.cache.stored(layer, live, rotated) if live else nothing
+                for kind, tensor in zip("kv", stored, strict=True):
                     seen[f"cache_after_switch/{segment_of[block] - 1}/{layer}/{kind}"] = tensor
 
     noise.at_block = at_block
     for _ in range(stream.blocks or 0):
-        if stream.block in switches:
+        if stream.block in switches and stream.block > 0:
             stream.prompt([f"prompt/{segment_of[stream.block]}"] * batch, policy=switches[stream.block])
         latents.append(next(stream).latents)
         ledger = stream.cache.ledger
@@ -284,7 +287,7 @@ def compare_cache(name: str, case: Case, stream: VideoStream, frames: list[int])
         name = f"{name} ({len(kept)} of {len(frames)} frames)"
         tokens = recorded.unflatten(1, (len(frames), -1))
         recorded = tokens[:, [slot for slot, frame in enumerate(frames) if frame in live]].flatten(1, 2)
-    rotated = case.settings.get("cache", {}).get("k_stored_after_rope", True)
+    rotated = stream.method.positions != "cache_relative"
     if stream.method.sampler == "rolling":  # the sink is stored as it came, everything else rotated
         sink = [frame for frame in kept if frame < stream.method.sink]
         parts = [

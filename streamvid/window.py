@@ -19,6 +19,11 @@ from itertools import groupby
 from streamvid.errors import UserError
 from streamvid.positions import POSITIONS, View
 
+# How the frames of a sink that the stream has not made yet are seen: not at all, or as the releases do. There they are
+# attended as zero keys and values; with LongLive the sink's frames after the first block also keep the keys of their first,
+# noisiest step, and with Reward Forcing the block's queries stand behind the empty frames, its keys before them.
+SINK_FILLINGS = ("clean", "longlive_release", "reward_forcing_release")
+
 
 @dataclass(frozen=True)
 class WindowOptions:
@@ -39,6 +44,7 @@ class WindowOptions:
         first_sink_shift: for positions = deep_forcing_release.
         shot_offset: positions skipped at every new shot (LongLive 2).
         pin_shots: the first frames of the newest shot stay in the window too, as many as the sink (LongLive 2).
+        sink_filling: how a sink larger than a block is seen before the stream has filled it, one of `SINK_FILLINGS`.
     """
 
     frames_per_block: int = 3
@@ -55,6 +61,7 @@ class WindowOptions:
     first_sink_shift: int = 0
     shot_offset: int = 0
     pin_shots: bool = False
+    sink_filling: str = "clean"
 
     def __post_init__(self) -> None:
         block = self.frames_per_block
@@ -154,6 +161,9 @@ class BlockPlan:
         fused: (slot of an evicted frame, slot of a sink frame that it changes).
         overwrites: nothing of those sink frames stays in the average.
         compressed_from: slots in temporal order from which the window is compressed during the first forward.
+        empty: frames of zero keys and values that are attended too.
+        frozen: own frames, the first ones, that keep the keys and values of the block's first forward.
+        queries_ahead: how much further on the queries stand than the block's keys.
     """
 
     block: int
@@ -163,6 +173,9 @@ class BlockPlan:
     fused: tuple[tuple[int, int], ...] = ()
     overwrites: bool = False
     compressed_from: tuple[int, ...] = ()
+    empty: int = 0
+    frozen: int = 0
+    queries_ahead: int = 0
 
     @property
     def frames(self) -> tuple[int, ...]:
@@ -420,4 +433,14 @@ class WindowPlanner:
         tokens = [WindowSlot(slot, -1 - rank, NO_POSITION) for rank, slot in enumerate(compressed)]
         window = (*seen[:sink], *tokens, *seen[sink:])
         own_slots = tuple(slot for slot in seen if slot.frame in own)
-        return BlockPlan(self.next_block, window, own_slots, tuple(evicted))
+        plan = BlockPlan(self.next_block, window, own_slots, tuple(evicted))
+        return plan if self.options.sink_filling == "clean" else self._as_released(plan)
+
+    def _as_released(self, plan: BlockPlan) -> BlockPlan:
+        """What the releases do while their sink is not full."""
+        empty = max(0, self.options.sink - len(plan.window))
+        if self.options.sink_filling == "reward_forcing_release":
+            return replace(plan, empty=empty, queries_ahead=empty)
+        first = plan.own[0].frame
+        rewritten = first == self.scene_start or first in self.slot_of  # the first block, or a replay
+        return replace(plan, empty=empty, frozen=0 if rewritten else len(self._split(plan.frames)[0]))

@@ -164,6 +164,7 @@ def test_a_rolling_window_has_one_block_per_level():
             "sink_update = 'mean' is not known: choose one of static, ema, ema_release, memory, adaptive",
         ),
         ({"sink_precision": "half"}, "sink_precision = 'half' is not known: choose one of float32, native"),
+        ({"sink_filling": "zeros"}, "sink_filling = 'zeros' is not known: choose one of clean, longlive_"),
         ({"importance": "mean"}, "importance = 'mean' is not known: choose one of sum, max"),
         ({"context_window": "all"}, "context_window = 'all' is not known: choose one of same, release"),
         (
@@ -287,6 +288,11 @@ def test_impossible_options_are_named(overrides, message):
             "recent = 4 would have no effect: set a budget, or leave recent out",
         ),
         ("longlive", {"importance": "max"}, "importance = 'max' would have no effect: set a budget"),
+        (
+            "longlive",
+            {"sink_filling": "longlive_release"},
+            "sink_filling = 'longlive_release' would have no effect: set sampler = few_step and a sink above",
+        ),
         ("longlive", {"max_reuse": 3}, "max_reuse = 3 would have no effect: set a budget"),
         ("longlive", {"sink_decay": 0.9}, r"sink_decay = 0\.9 would have no effect: set sink_update = ema"),
         (

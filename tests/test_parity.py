@@ -74,6 +74,7 @@ def test_all_cases_are_here():
     [
         ("longlive_sink", update("streaming", sink_size=0)),
         ("longlive_sink", update("streaming", sink_size=2)),
+        ("longlive_sink", update("streaming", sink_size=6)),
         ("longlive_sink", update("streaming", local_attn_size=9)),
         ("longlive_sink", update("streaming", context_noise=50.0)),
         ("longlive_sink", update("schedule", timestep_shift=8.0)),
@@ -182,7 +183,6 @@ def test_a_level_of_noise_in_the_context_pass_is_an_option(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("longlive_sink", update("streaming", sink_size=6, frames_per_block=3), "a sink larger than a block"),
         ("longlive_sink", update("streaming", sinks=3), "streaming.sinks = 3 is not known"),
         ("longlive_sink", update("streaming", local_attn_size=15), "local_attn_size = 15 exceeds"),
         ("longlive_sink", update("streaming", cache_capacity_frames=15), "frames_in_slots has 12 frames"),

@@ -199,7 +199,6 @@ def test_a_switch_is_rounded_up_to_a_block(tmp_path):
         ("deep_forcing_ds", {"cache": {"k_stored_after_rope": False}}, "keys are stored before RoPE"),
         ("reward_forcing", {"streaming": {"ema_decay": 1.5}}, "sink_decay = 1.5 must be between 0 and 1"),
         ("reward_forcing", {"streaming": {"sink_size": 0}}, "sink = 0 leaves evicted frames nothing"),
-        ("reward_forcing", {"streaming": {"sink_size": 6}}, "a sink larger than a block"),
         ("rolling_forcing", {"streaming": {"cache_frames": 23}}, "a cache shorter than attention_frames"),
         ("rolling_forcing", {"streaming": {"sink_frames": 7}}, "a cache shorter than attention_frames"),
         (

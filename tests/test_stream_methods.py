@@ -166,6 +166,7 @@ EFFECTS = {
     "memory_decays": ({"sink_update": "memory", "sink": 5}, (0.99, 0.5)),
     "refresh_below": ({"sink_update": "adaptive", "refresh_below": -1.0}, 1.0),
     "sink_precision": ({"sink_update": "ema", "sink_decay": 0.99}, "native"),
+    "sink_filling": ({"sink": 5}, "longlive_release"),
     "positions": ({}, "cache_relative"),
     "budget": ({}, 9),
     "recent": (DEEP, 5),
@@ -195,6 +196,7 @@ MORE_EFFECTS = {
     "positions of the release": ({"positions": "sink_before_window"}, "deep_forcing_release"),
     "sink_update memory": ({"sink": 5}, "memory"),
     "sink_update adaptive": ({}, "adaptive"),
+    "sink_filling of Reward Forcing": ({"sink": 5}, "reward_forcing_release"),
     "sink_update as released": ({"sink_update": "ema", "sink_decay": 0.5, "sink": 2}, "ema_release"),
 }
 

@@ -106,6 +106,31 @@ def test_reward_forcing_sees_ranks_and_fuses_what_it_evicts():
         assert plan.fused == tuple((slot_of[first + n], slot_of[n]) for n in range(3))
 
 
+def test_a_sink_larger_than_a_block_fills_as_in_the_releases():
+    """Zero keys stand for frames to come; LongLive never rewrites what a later block put into the sink."""
+    large = WindowOptions(frames_per_block=2, window=9, sink=5)
+    assert all(plan == replace(plan, empty=0, frozen=0) for plan in plans_of(large, 5))
+    released = plans_of(replace(large, sink_filling="longlive_release"), 5)
+    assert [(plan.empty, plan.frozen, plan.queries_ahead) for plan in released] == [
+        (3, 0, 0),
+        (1, 2, 0),
+        (0, 1, 0),
+        (0, 0, 0),
+        (0, 0, 0),
+    ]
+    released = plans_of(replace(large, sink_filling="reward_forcing_release"), 3)
+    assert [(plan.empty, plan.frozen, plan.queries_ahead) for plan in released] == [
+        (3, 0, 3),
+        (1, 0, 1),
+        (0, 0, 0),
+    ]
+    planner = WindowPlanner(replace(large, sink_filling="longlive_release"))
+    for _ in range(2):
+        planner.commit(planner.plan())
+    replay = planner.replay_at_once(sink=True)[0]  # a recache of the whole stream does rewrite the sink
+    assert (replay.frames, replay.empty, replay.frozen) == ((0, 1, 2, 3), 1, 0)
+
+
 def test_evicted_frames_are_fused_in_turn():
     """With 2 frames a block and a sink of 3, the n-th evicted frame goes into sink frame n modulo 3."""
     plans = plans_of(WindowOptions(2, 7, 3, "cache_relative", fuse=True), 12)
