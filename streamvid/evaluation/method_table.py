@@ -1,33 +1,38 @@
 """All methods on the embedded model, with the same prompts and seeds: `python -m streamvid.evaluation.method_table`.
 
-Every video is 60 seconds of one held-out scene whose prompt changes in the middle. Only the windows that are looked at are
-decoded. Per method:
+Every video is 60 seconds of one held-out scene, whose prompt changes at 10 s. Videos are denoised many at a time and never
+decoded as a whole: only three windows of two seconds are, each but the first after `WARM_UP` latent frames that fill the
+decoder's memory. Per method:
 
-- `start`, `before`, `after`, `end`: share of attributes that the probe finds right at 5 s, at 30 s (before the change), 2 to
-  4 s after it and at 60 s; `changed`, `kept`: of `after`, the attributes that the change named and the others;
-- `drift`: distance of the look at 30 s from that at 5 s, in grey levels; `motion`: motion at 30 s over motion at 5 s;
-- `repetition`: how much of the last 15 s before the change was seen before: mean over latent frames of the largest cosine
-  similarity with any frame 6 s or more before it (of what differs from the video's mean; rendered worlds repeat too);
+- `start`, `after`, `end`: share of attributes that the probe finds right in the first two seconds, 2 to 4 s after the
+  change, and at 60 s; `changed`, `kept`: of `after`, the attributes that the change named (switch success) and the others;
+- `drift`: distance of the look at 60 s from that after the change, in grey levels; `motion`: of 60 s over that after it;
+- `repetition`: how much of the last 15 s was seen before: mean over latent frames of the largest cosine similarity with any
+  frame 6 s or more before it, back to the change (of what differs from the mean; rendered worlds repeat too);
 - `fps`: frames per second of one stream without decoding, after a warm-up of five blocks; `kv_bytes`: of its cache.
 
-A method's result is a file of its own, so that a run that is stopped goes on where it was.
+Every batch of every method is a file of its own, so that a run that is stopped goes on where it was. With `--processes N`
+batches are shared among processes of one thread each; `fps` is measured at the end, when they are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from streamvid.decoding import decode, decoder_state
-from streamvid.evaluation.appearance import look
+from streamvid.evaluation.curves import look
 from streamvid.io.files import replace_atomically
 from streamvid.methods import load_method, method_names
 from streamvid.models import DEFAULT_MODEL, load_pipeline, load_probe
@@ -36,11 +41,14 @@ from streamvid.world.probe import WINDOW_FRAMES, AttributeProbe
 from streamvid.world.prompts import describe
 from streamvid.world.scene import ATTRIBUTES, change_scene, sample_scene
 
-LATENT_FRAMES, CHANGE = 240, 120  # of 60 s at 16 frames per second, four to a latent frame
-WINDOWS = {"start": 20, "before": CHANGE, "after": CHANGE + 16, "end": LATENT_FRAMES}  # where they end
-WARM_UP = 9  # latent frames decoded and dropped before a window
+LATENT_FRAMES, CHANGE = 240, 39  # 60 s and about 10 s at 16 frames per second, four to a latent frame
+OPENING, WINDOW = 1 + WINDOW_FRAMES // 4, WINDOW_FRAMES // 4  # the first latent frame gives one pixel frame
+AFTER = 2 * WINDOW  # latent frames from the change to the end of the window after it
+WARM_UP = 6  # latent frames decoded and dropped before a window: what is missing then is below one grey level
 LAG, LOOKED_AT = 24, 60  # latent frames: the least distance of a repetition, the frames that are looked at
 SPEED_BLOCKS, SPEED_WARM_UP = 15, 5
+
+Job = tuple[dict[str, Any], int]  # a case and a seed
 
 
 def cases(prompts: int, seed: int = 2025) -> list[dict[str, Any]]:
@@ -55,9 +63,55 @@ def cases(prompts: int, seed: int = 2025) -> list[dict[str, Any]]:
     return chosen
 
 
+# --- windows of videos ----------------------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """A window of one video: the probe's answer per attribute, the look, mean difference of neighbouring frames."""
+
+    labels: torch.Tensor
+    look: np.ndarray
+    motion: float
+
+
+def see(pipe: StreamVidPipeline, probe: AttributeProbe, latents_BCFHW: torch.Tensor) -> list[Seen]:
+    """The last two seconds of videos that begin with the given latents, a few videos at a time."""
+    seen = []
+    for videos in latents_BCFHW.split(4):
+        pixels = decode(pipe.vae, videos.to(pipe.vae.dtype), decoder_state(pipe.vae))
+        frames = pixels[:, :, -WINDOW_FRAMES:].float().add(1).mul(127.5).round().byte()
+        frames = frames.permute(0, 2, 3, 4, 1)
+        told = probe.classify(frames)
+        labels = torch.stack([told[attribute] for attribute in ATTRIBUTES], -1)
+        motion = (frames[:, 1:].int() - frames[:, :-1].int()).abs().float().mean((1, 2, 3, 4))
+        seen += [Seen(labels[i], look(video.numpy()), float(motion[i])) for i, video in enumerate(frames)]
+    return seen
+
+
+class Openings:
+    """`see`, for first windows: many methods make the same one, bit for bit, and share its answer."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, Seen] = {}
+
+    def see(self, pipe: StreamVidPipeline, probe: AttributeProbe, latents_BCFHW: torch.Tensor) -> list[Seen]:
+        keys = [
+            hashlib.sha256(video.contiguous().view(torch.uint8).numpy()).digest() for video in latents_BCFHW
+        ]
+        new = [index for index, key in enumerate(keys) if key not in self.known]
+        if new:
+            answers = see(pipe, probe, latents_BCFHW[new])
+            self.known |= {keys[index]: answer for index, answer in zip(new, answers, strict=True)}
+        return [self.known[key] for key in keys]
+
+
 @torch.no_grad()
 def run(
-    pipe: StreamVidPipeline, probe: AttributeProbe, method: str, jobs: Sequence[tuple[dict[str, Any], int]]
+    pipe: StreamVidPipeline,
+    probe: AttributeProbe,
+    method: str,
+    jobs: Sequence[Job],
+    openings: Openings | None = None,
 ) -> list[dict[str, Any]]:
     """One batch of videos, each with its case and seed: what is measured of each."""
     block = load_method(method).frames_per_block
@@ -69,47 +123,39 @@ def run(
         blocks=-(-LATENT_FRAMES // block),
         decode_pixels=False,
     )
-    parts = []
+    parts, change_block = [], -(-CHANGE // block)
     for chunk in stream:
         parts.append(chunk.latents)
-        if chunk.index + 1 == -(-CHANGE // block):
+        if chunk.index + 1 == change_block:
             stream.prompt(after)
-    latents = torch.cat(parts, 2)
-    seen, looks, motion = {}, {}, {}
-    for name, stop in WINDOWS.items():
-        pixels = _window(pipe, latents[:, :, max(0, stop - WARM_UP - WINDOW_FRAMES // 4) : stop])
-        told = probe.classify(pixels)
-        seen[name] = torch.stack([told[attribute] for attribute in ATTRIBUTES], -1)
-        looks[name] = [look(video.numpy()) for video in pixels]
-        motion[name] = (pixels[:, 1:].int() - pixels[:, :-1].int()).abs().float().mean((1, 2, 3, 4))
-    rows = []
-    for index, (case, _) in enumerate(jobs):
-        old, new = (torch.tensor(labels) for labels in case["labels"])
-        right = {
-            name: (seen[name][index] == (old if name in ("start", "before") else new)).float()
-            for name in seen
-        }
-        rows.append(
-            {
-                **{name: float(value.mean()) for name, value in right.items()},
-                "changed": float(right["after"][old != new].mean()),
-                "kept": float(right["after"][old == new].mean()),
-                "drift": float(np.linalg.norm(looks["before"][index] - looks["start"][index])),
-                "motion": float(motion["before"][index] / motion["start"][index].clamp_min(1e-3)),
-                "repetition": repetition(latents[index, :, :CHANGE]),
-            }
-        )
-    return rows
+    latents, changed_at = torch.cat(parts, 2), change_block * block
+    seen = {
+        "start": (openings or Openings()).see(pipe, probe, latents[:, :, :OPENING]),
+        "after": see(pipe, probe, _window(latents, changed_at + AFTER)),
+        "end": see(pipe, probe, _window(latents, LATENT_FRAMES)),
+    }
+    return [
+        _measured(case, {name: videos[index] for name, videos in seen.items()})
+        | {"repetition": repetition(latents[index, :, changed_at:LATENT_FRAMES])}
+        for index, (case, _) in enumerate(jobs)
+    ]
 
 
-def _window(pipe: StreamVidPipeline, latents_BCFHW: torch.Tensor) -> torch.Tensor:
-    """The last two seconds as uint8 `[B, T, H, W, 3]`, a few videos at a time."""
-    shown = []
-    for videos in latents_BCFHW.split(8):
-        pixels = decode(pipe.vae, videos.to(pipe.vae.dtype), decoder_state(pipe.vae), None)
-        frames = pixels[:, :, -WINDOW_FRAMES:].float().add(1).mul(127.5).round().clamp(0, 255).byte()
-        shown.append(frames.permute(0, 2, 3, 4, 1))
-    return torch.cat(shown)
+def _window(latents_BCFHW: torch.Tensor, stop: int) -> torch.Tensor:
+    return latents_BCFHW[:, :, max(0, stop - WARM_UP - WINDOW) : stop]
+
+
+def _measured(case: dict[str, Any], seen: dict[str, Seen]) -> dict[str, float]:
+    """Of one video, but for the repetition."""
+    old, new = (torch.tensor(labels) for labels in case["labels"])
+    right = {name: (seen[name].labels == (old if name == "start" else new)).float() for name in seen}
+    return {
+        **{name: float(value.mean()) for name, value in right.items()},
+        "changed": float(right["after"][old != new].mean()),
+        "kept": float(right["after"][old == new].mean()),
+        "drift": float(np.linalg.norm(seen["end"].look - seen["after"].look)),
+        "motion": seen["end"].motion / max(seen["after"].motion, 1e-3),
+    }
 
 
 def repetition(latents_CFHW: torch.Tensor) -> float:
@@ -142,34 +188,104 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     return found
 
 
-def measure(
-    model: str, methods: Sequence[str], prompts: int, seeds: Sequence[int], folder: Path, batch: int = 16
-) -> dict[str, Any]:
-    """All methods, each into `folder/<method>.json`; those that are there with the same settings are not run again."""
-    pipe, probe = load_pipeline(model), load_probe(model)
-    if probe is None:
-        raise SystemExit(f"model = {model!r} has no probe: give the embedded model")
-    chosen = cases(prompts)
-    jobs = [(case, 1000 * index + seed) for seed in seeds for index, case in enumerate(chosen)]
-    settings = {"model": model, "prompts": prompts, "seeds": list(seeds)}
-    folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for method in methods:
-        path = folder / f"{method}.json"
-        stored = json.loads(path.read_text()) if path.is_file() else {}
-        if {name: stored.get(name) for name in settings} != settings:
-            rows = []
-            for first in range(0, len(jobs), batch):
-                rows += run(pipe, probe, method, jobs[first : first + batch])
-                print(f"{method}: {len(rows)}/{len(jobs)}", flush=True)
-            stored = {"method": method, **settings, **speed(pipe, method), **summary(rows)}
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What is measured; a stored part of a run with other settings is made anew."""
+
+    model: str
+    methods: tuple[str, ...]
+    prompts: int
+    seeds: tuple[int, ...]
+    batch: int
+    folder: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"model": self.model, "prompts": self.prompts, "seeds": list(self.seeds)}
+
+    @property
+    def jobs(self) -> list[Job]:
+        chosen = cases(self.prompts)
+        return [(case, 1000 * index + seed) for seed in self.seeds for index, case in enumerate(chosen)]
+
+    @property
+    def batches(self) -> range:
+        return range(-(-self.prompts * len(self.seeds) // self.batch))
+
+    def stored(self, method: str, part: str, make: Callable[[], Any]) -> Any:
+        """What `make()` gives, from its file where that is there already."""
+        path = self.folder / method / f"{part}.json"
+        settings = {**self.settings, "batch": self.batch}
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if kept.get("settings") != settings:
+            kept = {"settings": settings, "made": make()}
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replace_atomically(path) as temporary:
-                temporary.write_text(json.dumps(stored, indent=1) + "\n")
-        results.append(stored)
-    return {**settings, "methods": results}
+                temporary.write_text(json.dumps(kept) + "\n")
+        return kept["made"]
 
 
-COLUMNS = ("start", "before", "end", "changed", "kept", "drift", "motion", "repetition")
+class Worker:
+    """A copy of the model, and what it has seen."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.openings = plan, Openings()
+        self.pipe, probe = load_pipeline(plan.model), load_probe(plan.model)
+        if probe is None:
+            raise SystemExit(f"model = {plan.model!r} has no probe: give the embedded model")
+        self.probe = probe
+
+    def measure(self, number: int) -> dict[str, list[dict[str, float]]]:
+        """A batch of videos with every method."""
+        size = self.plan.batch
+        jobs = self.plan.jobs[number * size : (number + 1) * size]
+        rows = {}
+        for method in self.plan.methods:
+            began = time.monotonic()
+            make = partial(run, self.pipe, self.probe, method, jobs, self.openings)
+            rows[method] = self.plan.stored(method, str(number), make)
+            print(
+                f"{method}, batch {number + 1} of {len(self.plan.batches)}: {len(jobs)} videos, "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+        return rows
+
+
+_worker: Worker | None = None  # of a process
+
+
+def _load(plan: Plan) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = Worker(plan)
+
+
+def _measure(number: int) -> dict[str, list[dict[str, float]]]:
+    assert _worker is not None
+    return _worker.measure(number)
+
+
+def measure(plan: Plan, processes: int = 1) -> dict[str, Any]:
+    """All methods; what is stored in `plan.folder` with the same settings is not run again."""
+    if processes > 1:
+        with get_context("spawn").Pool(processes, _load, (plan,)) as pool:
+            batches = list(pool.imap(_measure, plan.batches, chunksize=1))
+        here = Worker(plan)
+    else:
+        here = Worker(plan)
+        batches = [here.measure(number) for number in plan.batches]
+    results = []
+    for method in plan.methods:
+        rows = [row for batch in batches for row in batch[method]]
+        alone = plan.stored(method, "speed", partial(speed, here.pipe, method))
+        results.append({"method": method, **alone, **summary(rows)})
+    return {**plan.settings, "methods": results}
+
+
+COLUMNS = ("start", "after", "end", "changed", "kept", "drift", "motion", "repetition")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -198,13 +314,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=method_names())
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--parts", default="out/method_table", help="folder of one file per method")
+    parser.add_argument("--batch", type=int, default=25, help="videos denoised together")
+    parser.add_argument("--processes", type=int, default=1, help="of one thread each")
+    parser.add_argument("--parts", default="out/method_table", help="folder of a file per method and batch")
     parser.add_argument("--output", default="out/method_table.json")
     options = parser.parse_args(arguments)
-    result = measure(
-        options.model, options.methods, options.prompts, options.seeds, Path(options.parts), options.batch
+    plan = Plan(
+        options.model,
+        tuple(options.methods),
+        options.prompts,
+        tuple(options.seeds),
+        options.batch,
+        Path(options.parts),
     )
+    result = measure(plan, options.processes)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(Path(options.output)) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
