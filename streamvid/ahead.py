@@ -1,25 +1,29 @@
-"""Decoding beside denoising: while one chunk becomes pixels in a thread, the next block is already being denoised.
+"""Decoding beside denoising: while chunks become pixels in threads, the next block is already being denoised.
 
-For files, where nobody waits for the next prompt to show: a consumer is one block behind what the stream has made.
+For files, where nobody waits for the next prompt to show: a consumer is two blocks behind what the stream has made.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from streamvid.decoding import decode_to_bytes, decoder_state
+from streamvid.decoding import begin_decoding, decoder_state
 from streamvid.stream import Chunk, VideoStream
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
+
+BLOCKS_AHEAD = 2  # one in each half of the decoder
 
 
 def decodes_beside(pipe: StreamVidPipeline) -> bool:
@@ -30,42 +34,50 @@ def decodes_beside(pipe: StreamVidPipeline) -> bool:
 def decode_ahead(stream: VideoStream) -> Iterator[Chunk]:
     """The chunks of a stream made with `decode_pixels=False`, with their pixels, in order.
 
-    If the stream fails, what it made before is decoded and yielded first.
+    A line of three threads: this one denoises, two others do a half of the decoding each. If the stream fails, what it made
+    before is decoded and yielded first.
     """
     vae = stream.pipe.vae
     decoder = decoder_state(vae)
 
-    def finish(chunk: Chunk) -> Chunk:
+    def first_half(chunk: Chunk) -> Future[Chunk]:
         nonlocal decoder
         began = time.perf_counter()
         if chunk.new_scene:
             decoder = decoder_state(vae)
-        videos = decode_to_bytes(vae, chunk.latents, decoder)
-        return replace(chunk, videos=videos, timings={**chunk.timings, "decode": time.perf_counter() - began})
+        rest = begin_decoding(vae, chunk.latents, decoder)
+        return last.submit(second_half, chunk, rest, time.perf_counter() - began)
+
+    def second_half(chunk: Chunk, rest: Callable[[], np.ndarray], seconds: float) -> Chunk:
+        began = time.perf_counter()
+        videos = rest()
+        timings = {**chunk.timings, "decode": seconds + time.perf_counter() - began}
+        return replace(chunk, videos=videos, timings=timings)
 
     with (
         _shared_cores() as threads,
-        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as worker,
+        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as last,
+        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as first,
     ):
-        waiting: Future[Chunk] | None = None
+        waiting: deque[Future[Future[Chunk]]] = deque()
         try:
             for chunk in stream:
-                previous, waiting = waiting, worker.submit(finish, chunk)
-                if previous is not None:
-                    yield previous.result()
+                waiting.append(first.submit(first_half, chunk))
+                if len(waiting) > BLOCKS_AHEAD:
+                    yield waiting.popleft().result().result()
         except GeneratorExit:
             raise
         except BaseException:
-            if waiting is not None:
-                yield waiting.result()
+            while waiting:
+                yield waiting.popleft().result().result()
             raise
-        if waiting is not None:
-            yield waiting.result()
+        while waiting:
+            yield waiting.popleft().result().result()
 
 
 @contextmanager
 def _shared_cores() -> Iterator[int]:
-    """Half of the cores for each of the two threads: more would only make them wait for each other."""
+    """Half of the cores for each thread: more would only make them wait for each other."""
     before = torch.get_num_threads()
     threads = max(1, min(before, (os.cpu_count() or 1) // 2))
     torch.set_num_threads(threads)

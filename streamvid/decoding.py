@@ -7,6 +7,7 @@ by chunk gives the very frames of one `vae.decode` call (bit for bit in float32)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+
+from streamvid import wan_decoder
 
 
 @dataclass
@@ -68,9 +71,7 @@ def decode(
     One decoder call per latent frame is what `vae.decode` does, hence bit-equality; `frames_per_call=None` runs all
     frames after the first in one call, which is faster and equal up to rounding (used in training).
     """
-    mean, std = latent_statistics(vae, latents_BCFHW)
-    # the reference divides by 1/std instead of multiplying by std (in its precision)
-    x = vae.post_quant_conv(latents_BCFHW / (1.0 / std) + mean)
+    x = _denormalised(vae, latents_BCFHW)
     features = copy(state.features)
     started = state.started
     pieces = []
@@ -84,17 +85,53 @@ def decode(
     return pixels.clamp(-1.0, 1.0) if clamp else pixels
 
 
-@torch.no_grad()
 def decode_to_bytes(vae: AutoencoderKLWan, latents_BCFHW: torch.Tensor, state: VaeState) -> np.ndarray:
     """The next latents as uint8 pixels `[B, T, H, W, 3]`.
 
-    In float32 one decoder call per latent frame, bit for bit `vae.decode`; in half precision all frames in one call, which
-    is faster and as exact as half precision is.
+    In float32 one decoder call per latent frame, bit for bit `vae.decode`; in half precision streamvid.wan_decoder, which is
+    faster and as exact as half precision is.
     """
-    frames_per_call = 1 if vae.dtype == torch.float32 else None
-    pixels = decode(vae, latents_BCFHW.to(vae.dtype), state, frames_per_call)
-    # B C T H W in [-1, 1] -> B T H W C bytes
-    return pixels.float().add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+    return begin_decoding(vae, latents_BCFHW, state)()
+
+
+@torch.no_grad()
+def begin_decoding(
+    vae: AutoencoderKLWan, latents_BCFHW: torch.Tensor, state: VaeState
+) -> Callable[[], np.ndarray]:
+    """The first half of `decode_to_bytes`; what it returns does the second half, and may do so in another thread.
+
+    In half precision the second half of a chunk may run beside the first half of the next one; each half must see the
+    chunks in order. After a failure the state is of no use: decode with a fork.
+    """
+    latents = latents_BCFHW.to(vae.dtype)
+    if vae.dtype == torch.float32:
+        return torch.no_grad()(lambda: to_bytes(decode(vae, latents, state)))
+    halves = []
+    for piece in _pieces(_denormalised(vae, latents), state.started, 1, None):
+        halves.append(wan_decoder.first_stage(vae.decoder, piece, state.features))
+        state.started = True
+
+    @torch.no_grad()
+    def finish() -> np.ndarray:
+        pixels = [wan_decoder.last_stage(vae.decoder, x, state.features, used) for x, used in halves]
+        return np.concatenate([to_bytes(piece, vae.config.patch_size) for piece in pixels], 1)
+
+    return finish
+
+
+def to_bytes(pixels_BCTHW: torch.Tensor, patch_size: int | None = None) -> np.ndarray:
+    """Pixels in [-1, 1] to bytes `[B, T, H, W, 3]`; with a patch size the channels of a patch's pixels are put side by side."""
+    numbers = pixels_BCTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    if patch_size is not None:
+        numbers = unpatchify(numbers, patch_size=patch_size)
+    return numbers.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def _denormalised(vae: AutoencoderKLWan, latents_BCFHW: torch.Tensor) -> torch.Tensor:
+    """What the decoder takes."""
+    mean, std = latent_statistics(vae, latents_BCFHW)
+    # the reference divides by 1/std instead of multiplying by std (in its precision)
+    return vae.post_quant_conv(latents_BCFHW / (1.0 / std) + mean)
 
 
 def encode(

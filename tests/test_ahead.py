@@ -1,4 +1,4 @@
-"""Decoding beside denoising: the same chunks as one after the other, one block behind."""
+"""Decoding beside denoising: the same chunks as one after the other, two blocks behind."""
 
 import numpy as np
 import pytest
@@ -27,10 +27,10 @@ def test_chunks_are_those_of_the_stream_also_after_a_cut():
         assert other.timings["decode"] > 0
 
 
-def test_the_stream_is_one_block_ahead_of_its_consumer():
+def test_the_stream_is_two_blocks_ahead_of_its_consumer():
     _, blind = streams(tiny.pipeline())
     chunks = decode_ahead(blind)
-    assert [(next(chunks).index, blind.block) for _ in range(3)] == [(0, 2), (1, 3), (2, 4)]
+    assert [(next(chunks).index, blind.block) for _ in range(3)] == [(0, 3), (1, 4), (2, 5)]
     chunks.close()
 
 
@@ -55,7 +55,7 @@ def test_what_was_made_before_a_failure_comes_first(at, monkeypatch):
 
 def test_a_decoder_that_fails_is_heard_of(monkeypatch):
     _, blind = streams(tiny.pipeline())
-    monkeypatch.setattr("streamvid.ahead.decode_to_bytes", lambda *a: 1 / 0)
+    monkeypatch.setattr("streamvid.ahead.begin_decoding", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(decode_ahead(blind))
 
