@@ -120,7 +120,7 @@ def begin_decoding(
 
 
 def to_bytes(pixels_BCTHW: torch.Tensor, patch_size: int | None = None) -> np.ndarray:
-    """Pixels in [-1, 1] to bytes `[B, T, H, W, 3]`; with a patch size the channels of a patch's pixels are put side by side."""
+    """Pixels in [-1, 1] to bytes `[B, T, H, W, 3]`; with a patch size, channels hold the pixels of a patch."""
     numbers = pixels_BCTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
     if patch_size is not None:
         numbers = unpatchify(numbers, patch_size=patch_size)

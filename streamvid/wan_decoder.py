@@ -1,9 +1,9 @@
-"""Wan's decoder walked in half precision with nothing wasted: the weights of `AutoencoderKLWan.decoder`, fewer passes over memory.
+"""Wan's decoder walked in half precision with nothing wasted: the weights of `AutoencoderKLWan.decoder`, fewer passes.
 
-What diffusers' modules do in many copies is done here in few: activations stay channels-last, convolutions pad by themselves,
-norm and SiLU take four passes, and a nearest upsampling followed by a 3x3 convolution is four 2x2 convolutions of the picture
-before it is upsampled (the same sums, 4/9 of the products). Equal to `vae.decode` up to the rounding of half precision, which is
-why float32 keeps to diffusers' own modules (streamvid.decoding).
+What diffusers' modules do in many copies is done here in few: activations stay channels-last, convolutions pad by
+themselves, norm and SiLU take four passes, and a nearest upsampling followed by a 3x3 convolution is four 2x2 convolutions
+of the picture before it is upsampled (the same sums, 4/9 of the products). Equal to `vae.decode` up to the rounding of half
+precision, which is why float32 keeps to diffusers' own modules (streamvid.decoding).
 
 The walk has two stages of about equal cost, so that two threads can work on two chunks of a stream (streamvid.ahead).
 """
@@ -112,8 +112,8 @@ def _upsample(resample: Any, x_BCTHW: torch.Tensor, memory: Memory) -> torch.Ten
 def doubling_conv(conv: torch.nn.Conv2d, x_NCHW: torch.Tensor) -> torch.Tensor:
     """The 3x3 convolution `conv` of the picture doubled by nearest neighbours, without doubling it first.
 
-    An even row of the doubled picture sees the row above its own, its own, and its own again; an odd one its own twice and the
-    row below. The taps that fall on one row are added up. So it is with columns.
+    An even row of the doubled picture sees the row above its own, its own, and its own again; an odd one its own twice and
+    the row below. The taps that fall on one row are added up. So it is with columns.
     """
     weight = conv.weight.float()
     for axis in (-2, -1):
