@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class StreamVidPipeline(DiffusionPipeline):
         method: preset the model was made for (`configs/methods`), used where a caller names none.
         fps: frames per second of the videos the model was trained on.
         height, width: pixel size it was trained on.
+        distilled_for: preset that a converted model was distilled for; playing it with another one is warned of.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -49,6 +51,7 @@ class StreamVidPipeline(DiffusionPipeline):
         fps: float = 16.0,
         height: int = 480,
         width: int = 832,
+        distilled_for: str | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -58,7 +61,9 @@ class StreamVidPipeline(DiffusionPipeline):
             vae=vae,
             scheduler=scheduler,
         )
-        self.register_to_config(method=method, fps=fps, height=height, width=width)
+        self.register_to_config(
+            method=method, fps=fps, height=height, width=width, distilled_for=distilled_for
+        )
 
     @property
     def temporal_ratio(self) -> int:
@@ -174,6 +179,12 @@ class StreamVidPipeline(DiffusionPipeline):
 
     def _method(self, method: str | Method | None, overrides: Mapping[str, Any] | None) -> Method:
         chosen = method if isinstance(method, Method) else load_method(method or self.config.method)
+        if self.config.distilled_for not in (None, chosen.name):
+            warnings.warn(
+                f"method = {chosen.name} is not {self.config.distilled_for}, which this model was distilled for: "
+                "expect other pictures than its authors'",
+                stacklevel=3,
+            )
         return chosen.with_overrides(overrides or {})
 
     def _as_script(self, script: Script | str | Path | Sequence[str]) -> Script | None:

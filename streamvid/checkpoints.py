@@ -11,6 +11,7 @@ does not fit the model in every tensor is refused with a list of what is missing
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,15 @@ def extract_transformer(
         raise UserError(
             f"{source} holds {shortened(nested)} and no generator or model: give a generator's checkpoint"
         )
-    tensors = {
-        unwrapped(name): tensor
-        for name, tensor in (state if inner is None else inner).items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    found = state if inner is None else inner
+    others = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        warnings.warn(
+            f"{source} also holds {len(others)} entries that are no tensors ({shortened(others)}), such as the empty extra "
+            "states of a training run: left out",
+            stacklevel=2,
+        )
+    tensors = {unwrapped(name): tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
     return to_diffusers(tensors, TRANSFORMER)
 
 

@@ -52,7 +52,8 @@ class ContextCache:
         sink_precision: of the averages: float32, or the cache's own, in which a decay near 1 does nothing in bfloat16.
         past_bias: factor on the attention weight of finished frames other than the first (Daydream Scope's log-bias), not
             in replays.
-        trained_frames, far_decay: factor on the attention weight of frames seen so far from the block's last or further.
+        trained_frames: distance from the block's last frame from which on a frame is far.
+        far_decay, far_scale: factors on the attention weight and on the score of far frames.
         rope_interpolation, head_jitter: of `temporal_frequencies`.
         importance, max_reuse: of `TokenLedger`.
         kv_dtype: how finished frames are stored (streamvid.kv_storage).
@@ -78,6 +79,7 @@ class ContextCache:
         past_bias: float = 1.0,
         trained_frames: int | None = None,
         far_decay: float = 1.0,
+        far_scale: float = 1.0,
         rope_interpolation: float = 1.0,
         head_jitter: float = 0.0,
         importance: str = "sum",
@@ -90,7 +92,7 @@ class ContextCache:
         self.tokens_per_frame = grid[0] * grid[1]
         self.sink_update = sinks.sink_update(sink_update, sink_decay, memory_decays, refresh_below)
         self.past_bias = past_bias
-        self.trained_frames, self.far_decay = trained_frames, far_decay
+        self.trained_frames, self.far_decay, self.far_scale = trained_frames, far_decay, far_scale
         self.temporal = temporal_frequencies(head_dim, heads, trained_frames, rope_interpolation, head_jitter)
         self.quantised: QuantisedKV | None = None
         slots = options.slots
@@ -126,6 +128,7 @@ class ContextCache:
         self._query_rotation: Rotation
         self._length = 0
         self._mask: torch.Tensor | None = None
+        self._key_scale: torch.Tensor | None = None
         self._raw_tokens = 0
         self._plan: BlockPlan
         self._begun: set[int] = set()  # layers that have seen the block's first forward
@@ -242,20 +245,21 @@ class ContextCache:
                 average[:, :, target].mul_(kept).add_(new, alpha=1 - kept)
 
     def _choose_keys(self, plan: BlockPlan) -> None:
-        """How far the buffer is attended, and the mask or bias of its keys."""
+        """How far the buffer is attended, and the mask or bias of its keys, and their scale."""
         attended = sorted(slot.slot for slot in plan.window)
         self._length = (attended[-1] + 1) * self.tokens_per_frame
-        self._mask = None
+        self._mask = self._key_scale = None
         dead = len(attended) <= attended[-1]
         bias = {}
         if self.past_bias != 1.0 and plan.own[0].frame not in self.planner.slot_of:  # not in replays
             bias = {slot.slot: math.log(self.past_bias) for slot in plan.window[1:] if slot not in plan.own}
-        if self.far_decay != 1.0 and self.trained_frames is not None:
-            nearest = (
-                plan.own[-1].position - self.trained_frames
-            )  # that is far; compressed tokens are nowhere
-            far = [slot.slot for slot in plan.window if slot.position <= nearest]
+        far = self._far(plan)
+        if self.far_decay != 1.0:
             bias |= {slot: bias.get(slot, 0.0) + math.log(self.far_decay) for slot in far}
+        if self.far_scale != 1.0 and far:  # a scaled key scales its scores
+            scale = torch.ones(attended[-1] + 1, dtype=self.keys.dtype, device=self.device)
+            scale[far] = self.far_scale
+            self._key_scale = scale.repeat_interleave(self.tokens_per_frame)[:, None, None]
         if bias:
             added = torch.full((attended[-1] + 1,), float("-inf"), dtype=self.keys.dtype, device=self.device)
             added[attended] = torch.tensor([bias.get(slot, 0.0) for slot in attended]).to(added)
@@ -267,6 +271,13 @@ class ContextCache:
         if self._mask is not None and plan.empty:
             unbiased = torch.full((plan.empty * self.tokens_per_frame,), not bias).to(self._mask)
             self._mask = torch.cat([self._mask, unbiased])
+
+    def _far(self, plan: BlockPlan) -> list[int]:
+        """Slots of frames that the trained window did not reach; compressed tokens are nowhere."""
+        if self.trained_frames is None:
+            return []
+        nearest = plan.own[-1].position - self.trained_frames
+        return [slot.slot for slot in plan.window if slot.position <= nearest]
 
     def attend(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
@@ -287,6 +298,8 @@ class ContextCache:
             self.quantised.keep(layer, [slot.slot for slot in self._plan.own])
         self._begun.add(layer)
         keys, values = keys[:, : self._length], values[:, : self._length]
+        if self._key_scale is not None:
+            keys = keys * self._key_scale
         if self._plan.empty:
             missing = (0, 0, 0, 0, 0, self._plan.empty * self.tokens_per_frame)
             keys, values = F.pad(keys, missing), F.pad(values, missing)

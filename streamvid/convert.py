@@ -96,6 +96,7 @@ def convert(
         fps=fps,
         height=height,
         width=width,
+        distilled_for=method,
     )
     _check_fit(pipe)
     try:

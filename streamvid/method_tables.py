@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -156,7 +156,7 @@ def planned(
     options = window_options(method, levels)
     switches = _checked(switches or {}, blocks, options)
     recorder, still = _Recorder(options), cast(Any, _Still())
-    sampler = method.new_sampler()
+    sampler = replace(method, first_denoising_steps=None).new_sampler()  # levels do not matter here
     steps = [(0.0, 0.0)] * options.joint_blocks * method.micro_steps
     for block in range(blocks):
         policy = recorder.switch(switches[block]) if block in switches else None

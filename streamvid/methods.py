@@ -53,11 +53,13 @@ COUNTS_WITH: dict[str, tuple[str, Callable[[Method], bool]]] = {
     "solver": ("sampler = few_step", lambda m: m.sampler == "few_step"),
     "micro_steps": ("sampler = rolling", lambda m: m.sampler == "rolling"),
     "context_window": ("sampler = rolling", lambda m: m.sampler == "rolling"),
+    "first_denoising_steps": ("sampler = few_step", lambda m: m.sampler == "few_step"),
     "far_decay": ("trained_frames", lambda m: m.trained_frames is not None),
+    "far_scale": ("trained_frames", lambda m: m.trained_frames is not None),
     "rope_interpolation": ("trained_frames", lambda m: m.trained_frames is not None),
     "trained_frames": (
-        "far_decay or rope_interpolation",
-        lambda m: m.far_decay != 1.0 or m.rope_interpolation != 1.0,
+        "far_scale, far_decay or rope_interpolation",
+        lambda m: not m.far_scale == m.far_decay == m.rope_interpolation == 1.0,
     ),
 }
 
@@ -82,11 +84,13 @@ class Method:
         shot_offset, pin_shots: positions skipped at a new shot; whether its first frames stay in the window.
         past_bias: factor in (0, 1] on the attention weight of past frames other than the first (Daydream Scope).
         trained_frames: latent frames of the videos that the weights were trained on; what counts as far and as slow.
-        far_decay: factor in (0, 1] on the attention weight of frames seen `trained_frames` or further away (UltraViCo).
+        far_scale: factor in (0, 1] on the attention scores of frames seen `trained_frames` or further away (UltraViCo).
+        far_decay: the same on their attention weight, so that negative scores count less too.
         rope_interpolation: how much the temporal frequencies that training saw too little of are slowed down (FLEX).
         head_jitter: how much the heads' temporal frequencies differ, as a share of the base (LoL).
         noise_correlation: of the noise of neighbouring frames in a block, negative for antiphase noise (FLEX).
         denoising_steps: levels of the few-step sampler before warping; None takes those of the model's scheduler.
+        first_denoising_steps: other levels for the first block of a stream or scene (Causal-Forcing's one and two steps).
         recompute: before every block its past is written anew from clean latents; no context passes (Krea).
         context_timestep: timestep of the context pass (the releases' `context_noise`; no noise is added).
         context_window: what the context pass of the rolling sampler sees: the same as denoising, or what the release shows.
@@ -118,11 +122,13 @@ class Method:
     pin_shots: bool = False
     past_bias: float = 1.0
     trained_frames: int | None = None
+    far_scale: float = 1.0
     far_decay: float = 1.0
     rope_interpolation: float = 1.0
     head_jitter: float = 0.0
     noise_correlation: float = 0.0
     denoising_steps: tuple[float, ...] | None = None
+    first_denoising_steps: tuple[float, ...] | None = None
     recompute: bool = False
     context_timestep: float = 0.0
     context_window: str = "same"
@@ -155,6 +161,10 @@ class Method:
             raise UserError(f"past_bias = {self.past_bias} must be above 0 and at most 1, which is no bias")
         if not 0 < self.far_decay <= 1:
             raise UserError(f"far_decay = {self.far_decay} must be above 0 and at most 1, which is no decay")
+        if not 0 < self.far_scale <= 1:
+            raise UserError(
+                f"far_scale = {self.far_scale} must be above 0 and at most 1, which scales nothing"
+            )
         if self.trained_frames is not None and self.trained_frames < 1:
             raise UserError(f"trained_frames = {self.trained_frames} must be at least 1")
         if self.rope_interpolation < 1:
@@ -165,6 +175,11 @@ class Method:
             raise UserError(f"head_jitter = {self.head_jitter} must be at least 0 and below 1; 0.5 is much")
         if not -1 < self.noise_correlation < 1:
             raise UserError(f"noise_correlation = {self.noise_correlation} must be between -1 and 1")
+        first = self.first_denoising_steps or (1000,)
+        if first[0] > 1000 or first[-1] < 0 or sorted({*first}, reverse=True) != [*first]:
+            raise UserError(
+                f"first_denoising_steps = {list(first)} must be descending numbers from 1000 to 0, e.g. [1000, 500]"
+            )
         if self.max_reuse < 1:
             raise UserError(f"max_reuse = {self.max_reuse} must be at least 1")
         if self.recompute and (
@@ -216,7 +231,7 @@ class Method:
         """The sampler of one stream."""
         if self.sampler == "rolling":
             return RollingSampler(self.micro_steps, self.context_window == "release")
-        return FewStepSampler(self.solver, self.recompute)
+        return FewStepSampler(self.solver, self.recompute, self.first_denoising_steps)
 
     def cache_options(self) -> dict[str, Any]:
         """What `ContextCache` takes beside the window."""
@@ -228,6 +243,7 @@ class Method:
             "sink_precision": self.sink_precision,
             "past_bias": self.past_bias,
             "trained_frames": self.trained_frames,
+            "far_scale": self.far_scale,
             "far_decay": self.far_decay,
             "rope_interpolation": self.rope_interpolation,
             "head_jitter": self.head_jitter,
@@ -289,7 +305,7 @@ def _typed(name: str, value: Any) -> Any:
     if kind.startswith("tuple"):
         numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else None
         if not numbers or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
-            example = "[1000, 750, 500, 250]" if name == "denoising_steps" else "[0.99, 0.9]"
+            example = "[1000, 750, 500, 250]" if name.endswith("denoising_steps") else "[0.99, 0.9]"
             raise UserError(f"{name} = {value!r} must be a list of numbers, e.g. {example}")
         return tuple(float(v) for v in numbers)
     wanted, what = next(known for key, known in _KINDS.items() if kind.startswith(key))

@@ -36,6 +36,12 @@ RELEASES = {
     "reward_forcing": Release("rewardforcing.pt (flat)", "reward_forcing"),
     "causal_forcing": Release("chunkwise/*.pt", "self_forcing"),
     "causal_forcing_framewise": Release("framewise/*.pt", "causal_forcing_framewise"),
+    "causal_forcing_1step": Release(
+        "causal-forcing++/framewise-1step.pt", "causal_forcing_1step", steps=(1000,)
+    ),
+    "causal_forcing_2step": Release(
+        "causal-forcing++/framewise-2step.pt", "causal_forcing_2step", steps=(1000, 500)
+    ),
     "causvid": Release(
         "autoregressive_checkpoint/model.pt", "self_forcing", shift=8.0, steps=(1000, 757, 522), warp=False
     ),

@@ -98,6 +98,13 @@ class UniPC:
         return self.scheduler.step(x_0, self.scheduler.timesteps[index], x_t, return_dict=False)[0]
 
 
+def levels(scheduler: FewStepFlowScheduler, denoising_steps: Sequence[float], solver: str) -> Steps:
+    """Timestep and sigma of denoising steps."""
+    if solver == "unipc":
+        return scheduler.unsnapped(denoising_steps)
+    return tuple((t, float(scheduler.sigma(torch.tensor(t)))) for t in scheduler.warped(denoising_steps))
+
+
 @dataclass(frozen=True)
 class BlockInputs:
     """What a sampler works with: the weights, and the state of the stream as it is for this block.
@@ -149,10 +156,12 @@ class FewStepSampler:
         solver: one of `SOLVERS`.
         recompute: before a block, the frames that it will attend are written anew from their clean latents, as if they were
             the beginning of a stream; there is no context pass.
+        first_steps: levels, before warping, of a block that begins a stream or a scene; None: those of all others.
     """
 
     solver: str = "renoise"
     recompute: bool = False
+    first_steps: tuple[float, ...] | None = None
 
     def denoise(self, inputs: BlockInputs) -> tuple[BlockPlan, torch.Tensor]:
         plan = inputs.cache.planner.plan()
@@ -161,10 +170,13 @@ class FewStepSampler:
                 inputs.cache.begin(past)
                 inputs.context_pass(inputs.cache.clean_latents(past))
         inputs.cache.begin(plan)
+        begins = plan.own[0].frame == inputs.cache.planner.scene_start
         latents = few_step_block(
             inputs.transformer,
             inputs.scheduler,
-            inputs.steps,
+            levels(inputs.scheduler, self.first_steps, self.solver)
+            if begins and self.first_steps
+            else inputs.steps,
             plan,
             inputs.prompt_kv,
             inputs.cache,

@@ -418,6 +418,25 @@ def test_far_decay_multiplies_the_weight_of_frames_seen_far_away(positions, far,
     torch.testing.assert_close(output[:, :, 0], expected, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_far_scale_multiplies_the_scores_of_frames_seen_far_away():
+    """UltraViCo: the product of query and key, whatever its sign, before the softmax."""
+    cache = ContextCache(WindowOptions(1, 5, 1), 1, 1, 6, GRID, (1, 1, 1), trained_frames=3, far_scale=0.3)
+    for block in range(8):
+        plan = cache.planner.plan()
+        q, k, v = torch.randn(3, 1, 2, 1, 6, generator=torch.Generator().manual_seed(block))
+        cache.begin(plan)
+        output = cache.attend(0, q, k, v)
+        cache.commit(plan, torch.zeros(1, 1, 1, 1, 1))
+    query = rotate(q, rotation([cache.rotated_at[7]], *GRID, 6))
+    keys, values = cache.stored(0, plan.attended)
+    scores = query[:, :, 0] @ keys[:, :, 0].mT / 6**0.5
+    far = torch.tensor([7 - slot.position >= 3 for slot in plan.window]).repeat_interleave(2)
+    assert far.tolist() == [True] * 4 + [False] * 6  # the sink and frame 4 of 0, 4-7
+    expected = scores.where(~far, 0.3 * scores).softmax(-1) @ values[:, :, 0]
+    torch.testing.assert_close(output[:, :, 0], expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("jitter", [0.0, 0.5])
 @torch.no_grad()
 def test_a_realigned_sink_has_the_frequencies_of_its_heads(jitter):

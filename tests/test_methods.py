@@ -5,6 +5,7 @@ import pytest
 from streamvid.errors import UserError
 from streamvid.methods import OPTION_NAMES, SHOT_OPTION_NAMES, Method, load_method, method_names
 
+FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 # DESIGN, "Methods as compositions": sampler, block, window, sink, positions, transition, and what else is not the default
 PRESETS = {
     "self_forcing": ("few_step", 3, 21, 0, "absolute", "cross_only", {}),
@@ -93,7 +94,44 @@ PRESETS = {
         "cross_only",
         {"trained_frames": 21, "rope_interpolation": 6.0, "noise_correlation": -0.2},
     ),
-    "ultravico": ("few_step", 3, 42, 0, "absolute", "cross_only", {"trained_frames": 21, "far_decay": 0.5}),
+    "ultravico": ("few_step", 3, 42, 0, "absolute", "cross_only", {"trained_frames": 21, "far_scale": 0.9}),
+    "causal_forcing_1step": (
+        "few_step",
+        1,
+        21,
+        0,
+        "absolute",
+        "cross_only",
+        {"denoising_steps": (1000.0,), "first_denoising_steps": FOUR_STEPS},
+    ),
+    "causal_forcing_2step": (
+        "few_step",
+        1,
+        21,
+        0,
+        "absolute",
+        "cross_only",
+        {"denoising_steps": (1000.0, 500.0), "first_denoising_steps": FOUR_STEPS},
+    ),
+    "streamvid_recache": ("few_step", 3, 12, 3, "cache_relative", "recache(causal, reencode)", {}),
+    "streamvid_living_sink": (
+        "few_step",
+        3,
+        12,
+        3,
+        "cache_relative",
+        "recache(causal, reencode)",
+        {"sink_update": "ema", "sink_decay": 0.99},
+    ),
+    "streamvid_memory": (
+        "few_step",
+        3,
+        13,
+        4,
+        "cache_relative",
+        "recache(causal, reencode)",
+        {"sink_update": "memory", "memory_decays": (0.95,)},
+    ),
     "lol": ("few_step", 3, 12, 3, "absolute", "recache", {"head_jitter": 0.5}),
     "streamingllm": ("few_step", 3, 21, 3, "cache_relative", "cross_only", {}),
 }
@@ -180,11 +218,15 @@ def test_a_rolling_window_has_one_block_per_level():
         ({"past_bias": 0}, r"past_bias = 0\.0 must be above 0 and at most 1"),
         ({"past_bias": 2}, r"past_bias = 2\.0 must be above 0 and at most 1"),
         ({"far_decay": 0, "trained_frames": 9}, r"far_decay = 0\.0 must be above 0 and at most 1"),
+        ({"far_scale": 0, "trained_frames": 9}, r"far_scale = 0\.0 must be above 0 and at most 1"),
+        ({"far_scale": 0.5}, r"far_scale = 0\.5 would have no effect: set trained_frames"),
+        ({"first_denoising_steps": [500, 1000]}, r"first_denoising_steps = \[500\.0, 1000\.0\] must be desc"),
+        ({"first_denoising_steps": [1200]}, r"first_denoising_steps = \[1200\.0\] must be descending"),
         ({"far_decay": 0.5}, r"far_decay = 0\.5 would have no effect: set trained_frames"),
         ({"rope_interpolation": 2}, r"rope_interpolation = 2\.0 would have no effect: set trained_frames"),
         ({"rope_interpolation": 0.5, "trained_frames": 9}, r"rope_interpolation = 0\.5 must be at least 1"),
         ({"trained_frames": 0, "far_decay": 0.5}, "trained_frames = 0 must be at least 1"),
-        ({"trained_frames": 21}, "trained_frames = 21 would have no effect: set far_decay or rope_interp"),
+        ({"trained_frames": 21}, "trained_frames = 21 would have no effect: set far_scale, far_decay or"),
         ({"head_jitter": 1}, r"head_jitter = 1\.0 must be at least 0 and below 1"),
         ({"head_jitter": -0.1}, r"head_jitter = -0\.1 must be at least 0 and below 1"),
         ({"noise_correlation": -1}, r"noise_correlation = -1\.0 must be between -1 and 1"),
@@ -227,6 +269,11 @@ def test_impossible_options_are_named(overrides, message):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
+        (
+            "rolling_forcing",
+            {"first_denoising_steps": [1000]},
+            r"first_denoising_steps = \(1000.0,\) would have no effect: set sampler = few_step",
+        ),
         ("rolling_forcing", {"micro_steps": 2}, "micro_steps = 2 does not divide the 5 denoising steps"),
         (
             "rolling_forcing",

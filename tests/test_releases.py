@@ -149,6 +149,42 @@ def test_quantised_files_of_longlive_2_are_named(tmp_path, mark):
         load_transformer(tmp_path / "model_te.pt")
 
 
+def test_what_is_no_tensor_is_left_out_with_a_note(tmp_path):
+    """LongLive 2's plain files keep an extra state of None for every layer that could have been quantised."""
+    path = checkpoint("longlive2", tmp_path)
+    content = torch.load(path)
+    expected = load_transformer(path, HEAD).state_dict()
+    state = content.get("generator", content)
+    state |= {"model.blocks.0.self_attn.q._extra_state": None, "model.blocks.0.ffn.0._extra_state": None}
+    torch.save(content, path)
+    with pytest.warns(
+        UserWarning, match=r"2 entries that are no tensors \(model\.blocks\.0\.self_attn\.q\._ex"
+    ):
+        stored = load_transformer(path, HEAD).state_dict()
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+
+
+def test_a_converted_model_played_with_another_method_is_warned_of(tmp_path, parts, recwarn):
+    folder = convert(
+        tmp_path / "out",
+        transformer=checkpoint("longlive", tmp_path),
+        release="longlive",
+        head_dim=12,
+        **parts,
+    )
+    pipe = StreamVidPipeline.from_pretrained(folder)
+
+    def play(**options):
+        recwarn.clear()
+        pipe.stream("a red fox", blocks=1, height=64, width=64, **options)
+        return [str(w.message) for w in recwarn if "distilled for" in str(w.message)]
+
+    assert play() == play(method="longlive") == play(overrides={"window": 9}) == []
+    (warning,) = play(method="self_forcing")
+    assert warning.startswith("method = self_forcing is not longlive, which this model was distilled for")
+
+
 def test_every_release_has_a_preset_and_is_in_the_document():
     text = DOCUMENT.read_text()
     for name, release in RELEASES.items():

@@ -177,11 +177,13 @@ EFFECTS = {
     "pin_shots": ({"transition": "shot"}, True),
     "past_bias": ({}, 0.5),
     "trained_frames": ({"far_decay": 0.5, "trained_frames": 4}, 8),
+    "far_scale": ({"trained_frames": 6, "far_scale": 0.9}, 0.3),
     "far_decay": ({"trained_frames": 6, "far_decay": 0.9}, 0.3),
     "rope_interpolation": ({"trained_frames": 6, "rope_interpolation": 2.0}, 4.0),
     "head_jitter": ({}, 0.5),
     "noise_correlation": ({}, -0.5),
     "denoising_steps": ({}, LEVELS[:1]),
+    "first_denoising_steps": ({}, LEVELS[:1]),
     "recompute": ({}, True),
     "context_timestep": ({}, 100.0),
     "context_window": (ROLLING, "release"),
@@ -224,6 +226,25 @@ def test_every_option_changes_the_video(option, half):
     plain, changed = shown(base, pipe), shown(base | {option.split()[0]: value}, pipe)
     frames = min(plain.shape[2], changed.shape[2])
     assert (plain[:, :, :frames] - changed[:, :, :frames]).abs().max() > 1e-4
+
+
+def test_the_first_block_of_a_scene_may_have_levels_of_its_own():
+    """They are those of a stream that has them everywhere; all other blocks keep theirs."""
+
+    def play(first_levels, levels, stop):
+        overrides = {"denoising_steps": levels} | (
+            {"first_denoising_steps": first_levels} if first_levels else {}
+        )
+        stream = start(overrides=overrides)
+        made = [next(stream).latents]
+        stream.prompt(CAT, policy="cut")
+        return torch.cat([*made, *(chunk.latents for chunk in islice(stream, stop - 1))], 2)
+
+    four = [1000.0, 750.0, 500.0, 250.0]
+    mixed, everywhere = play(four, LEVELS, 3), play(None, four, 2)
+    assert torch.equal(mixed[:, :, :6], everywhere)  # the stream's first block and that of the scene
+    assert not torch.equal(mixed[:, :, 6:], play(None, four, 3)[:, :, 6:])
+    assert not torch.equal(mixed[:, :, :3], play(None, LEVELS, 1))
 
 
 def test_ranks_are_a_sink_before_the_window():
