@@ -283,9 +283,15 @@ class ContextCache:
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
     ) -> torch.Tensor:
         """Write the block's keys and values into its slots, then attend the window (`AttentionContext`)."""
+        return self.attention(*self.seen(*self.write(layer, q_BLHD, k_BLHD, v_BLHD)), self._mask)
+
+    def write(
+        self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Write the block's keys and values into its slots: its rotated query, and keys and values of the window."""
         query, key = rotate(q_BLHD, self._query_rotation), rotate(k_BLHD, self._rotation)
         keys, values = self._buffer(layer, query, key, v_BLHD)
-        for source, target in self._own[self._frozen_runs if layer in self._begun else 0 :]:
+        for source, target in self.runs(layer):
             keys[:, target] = key[:, source]
             values[:, target] = v_BLHD[:, source]
             if self._raw_tokens and target.start < self.raw_keys.shape[2]:
@@ -297,13 +303,23 @@ class ContextCache:
         if self.quantised is not None:
             self.quantised.keep(layer, [slot.slot for slot in self._plan.own])
         self._begun.add(layer)
-        keys, values = keys[:, : self._length], values[:, : self._length]
+        return query, keys[:, : self._length], values[:, : self._length]
+
+    def runs(self, layer: int) -> list[tuple[slice, slice]]:
+        """Token slices (in the block, in the buffer) that the next forward writes."""
+        return self._own[self._frozen_runs if layer in self._begun else 0 :]
+
+    def seen(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, keys and values as attention takes them: far keys scaled, empty frames beside them."""
         if self._key_scale is not None:
             keys = keys * self._key_scale
         if self._plan.empty:
             missing = (0, 0, 0, 0, 0, self._plan.empty * self.tokens_per_frame)
             keys, values = F.pad(keys, missing), F.pad(values, missing)
-        return self.attention(query, keys, values, self._mask)
+        return query, keys, values
+
 
     def _buffer(self, layer: int, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer; a block that finds the window full compresses them in its first forward."""

@@ -42,6 +42,7 @@ def few_step_block(
     noise: NoiseSource,
     on_step: StepCallback | None = None,
     solver: str = "renoise",
+    exit_step: int | None = None,
 ) -> torch.Tensor:
     """Predict x0, go to the next level, repeat (Self Forcing, algorithm 2): clean latents `[B, C, F, H, W]`.
 
@@ -50,7 +51,9 @@ def few_step_block(
         solver: one of `SOLVERS`.
         context: the stream's cache, on which `begin(plan)` was called.
         on_step: called after every step with its index, the noisy input and the predicted x0.
+        exit_step: index of the step after which its x0 is taken for the result (training); None: the last.
     """
+    last = len(steps) - 1 if exit_step is None else min(exit_step, len(steps) - 1)
     frames = len(plan.own)
     like = {"device": transformer.device, "dtype": transformer.dtype}
     x_t = noise(plan.block, 0, frames).to(**like)
@@ -63,7 +66,7 @@ def few_step_block(
         x_0 = scheduler.x0_from_output(output, x_t, sigma)
         if on_step is not None:
             on_step(index, x_t, x_0)
-        if index + 1 == len(steps):
+        if index == last:
             break
         if unipc is not None:
             x_t = unipc.step(index, x_0, x_t)
@@ -113,6 +116,7 @@ class BlockInputs:
         blocks: length of the stream where it is known.
         new_scene: this block begins a scene of its own.
         context_timestep: of the context pass.
+        exit_step: index of the step after which a block is taken as finished (training); None: the last.
     """
 
     transformer: CausalWanTransformer3DModel
@@ -124,6 +128,7 @@ class BlockInputs:
     blocks: int | None = None
     context_timestep: float = 0.0
     new_scene: bool = False
+    exit_step: int | None = None
 
     def context_pass(self, latents_BCFHW: torch.Tensor) -> None:
         """Write the clean keys and values of the planned frames (`cache.begin` was called)."""
@@ -182,6 +187,7 @@ class FewStepSampler:
             inputs.cache,
             inputs.noise,
             solver=self.solver,
+            exit_step=inputs.exit_step,
         )
         return plan, latents
 

@@ -103,6 +103,10 @@ class CausalWanBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
+    def prompt_key_value(self, text_BLC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-attention keys and values; a method of the block, which is what a sharded model gathers."""
+        return self.attn2.key_value(text_BLC)
+
     def forward(
         self,
         x_BLC: torch.Tensor,
@@ -222,7 +226,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         """
         text = self.condition_embedder.text_embedder(text_BLD.flatten(0, -3))
         blocks: Any = self.blocks  # nn.ModuleList has no element type
-        pairs = [block.attn2.key_value(text) for block in blocks]
+        pairs = [block.prompt_key_value(text) for block in blocks]
         return PromptKV([key for key, _ in pairs], [value for _, value in pairs])
 
     def forward(

@@ -62,9 +62,13 @@ ADAMW_NAMES = (
 
 
 def build_optimizers(
-    module: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float = 0.0
+    module: nn.Module,
+    muon_lr: float,
+    adamw_lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.99),
 ) -> list[torch.optim.Optimizer]:
-    """Muon on hidden matrices, AdamW (betas 0.9, 0.99) on everything else that requires grad."""
+    """Muon on hidden matrices, AdamW on everything else that requires grad."""
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
@@ -76,7 +80,7 @@ def build_optimizers(
     if hidden:
         optimizers.append(Muon(hidden, lr=muon_lr, weight_decay=weight_decay))
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.99), weight_decay=weight_decay))
+        optimizers.append(torch.optim.AdamW(rest, lr=adamw_lr, betas=betas, weight_decay=weight_decay))
     return optimizers
 
 

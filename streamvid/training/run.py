@@ -19,19 +19,36 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from streamvid.errors import UserError
-from streamvid.training.trainer import Stage, Trainer, TrainerOptions
+from streamvid.training.dry_run import describe
+from streamvid.training.logs import REPORTS
+from streamvid.training.options import TrainerOptions
+from streamvid.training.sharding import SHARDINGS
+from streamvid.training.stage import Stage
+from streamvid.training.trainer import Trainer
 
 STAGES = {
     "vae": "streamvid.training.vae_stage:VaeStage",
     "text": "streamvid.training.text_stage:TextStage",
     "student": "streamvid.training.student_stage:StudentStage",
+    "flow": "streamvid.training.flow_stage:FlowStage",
+    "few_step": "streamvid.training.few_step_stage:FewStepStage",
+    "self_forcing": "streamvid.training.self_forcing:SelfForcingStage",
 }
 JOBS = {  # done by one call, without a training loop
     "latents": "streamvid.training.latents:encode_shards",
+    "ode_pairs": "streamvid.training.ode_pairs:make_ode_pairs",
+    "encode": "streamvid.training.encode:encode_folder",
     "assemble": "streamvid.training.assemble:assemble",
 }
 KINDS = (*STAGES, *JOBS)
-PRECISIONS = ("no", "bf16", "fp16")
+TRAINER_CHOICES = {
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "device": ("auto", "cpu"),
+    "sharding": SHARDINGS,
+    "on_nan": ("stop", "skip"),
+    "report": REPORTS,
+}
+AT_LEAST_ONE = ("threads", "log_every", "checkpoint_every", "accumulate", "sample_blocks")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -65,6 +82,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 def _check_trainer(options: dict[str, Any], path: str) -> None:
     known = {f.name: str(f.type) for f in fields(TrainerOptions)}
     kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
+    if options.get("mixed_precision") is False:  # YAML's meaning of an unquoted no
+        options["mixed_precision"] = "no"
     for name, value in options.items():
         if name not in known:
             raise UserError(
@@ -72,16 +91,20 @@ def _check_trainer(options: dict[str, Any], path: str) -> None:
             )
         if isinstance(value, bool) or not isinstance(value, kinds[known[name]]):
             raise UserError(f"{path}: trainer.{name} = {value!r} must be a value of type {known[name]}")
-        least = 1 if name in ("threads", "log_every", "checkpoint_every") else 0
+        least = 1 if name in AT_LEAST_ONE else 0
         if isinstance(value, (int, float)) and not value >= least:
             raise UserError(f"{path}: trainer.{name} = {value} must be at least {least}")
     for name in ("output", "steps"):
         if name not in options:
             raise UserError(f"{path}: trainer.{name} is missing: add it")
-    precision = options.get("mixed_precision", "no")
-    if precision not in PRECISIONS:
+    for name, choices in TRAINER_CHOICES.items():
+        if options.get(name, choices[0]) not in choices:
+            raise UserError(
+                f"{path}: trainer.{name} = {options[name]!r} is not known: choose one of {', '.join(choices)}"
+            )
+    if options.get("sample_every") and not options.get("sample_prompt"):
         raise UserError(
-            f"{path}: trainer.mixed_precision = {precision!r} is not known: choose one of {', '.join(PRECISIONS)}"
+            f"{path}: trainer.sample_every needs trainer.sample_prompt: say what the video shall show"
         )
 
 
@@ -105,17 +128,24 @@ def _call(target: str, config: dict[str, Any]) -> Any:
         raise UserError(f"stage of kind {config['kind']}: {reason}: check its folders") from error
 
 
-def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1) -> None:
+def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1, dry_run: bool = False) -> None:
     """Train (or resume) what the configuration at `path` describes.
 
     Several data-parallel processes run under torch's elastic launcher. On a CPU each uses `trainer.threads` threads:
-    small models are faster with one process per core than with one process of many threads.
+    small models are faster with one process per core than with one process of many threads. A dry run only tells what a
+    step will cost.
     """
     config = load_config(path, overrides)
     if processes < 1:
         raise UserError(f"processes = {processes} must be at least 1")
-    if config["kind"] in JOBS:
-        extra = {"processes": processes} if config["kind"] == "latents" and processes > 1 else {}
+    if dry_run:
+        if config["kind"] in JOBS:
+            raise UserError(
+                f"{path}: kind = {config['kind']} has no training loop to describe: leave out --dry-run"
+            )
+        print("\n".join(describe(build_stage(config), TrainerOptions(**config["trainer"]))))
+    elif config["kind"] in JOBS:
+        extra = {"processes": processes} if config["kind"] != "assemble" and processes > 1 else {}
         _call(JOBS[config["kind"]], {**config, "stage": {**config["stage"], **extra}})
     elif processes > 1 and "LOCAL_RANK" not in os.environ:
         launcher = [

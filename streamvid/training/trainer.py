@@ -3,76 +3,36 @@
     trainer = Trainer(stage, TrainerOptions(output="runs/vae", steps=3000))
     trainer.run()
 
-Everything random in a step derives from (seed, step, process), so a run that is killed and resumed sees the batches of
-one that was not.
+Everything random in a step derives from (seed, step, micro-batch), and micro-batches are numbered over all processes. So a
+run that is killed and resumed sees the batches of one that was not, and two processes see those of one that accumulates two.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from streamvid.errors import UserError
+from streamvid.training.logs import RunLog
 from streamvid.training.optimizers import build_optimizers, learning_rate_factor
+from streamvid.training.options import TrainerOptions
+from streamvid.training.samples import write_samples
+from streamvid.training.sharding import gather_for_prompts, sharding_plugin
+from streamvid.training.stage import Stage
 
-
-@dataclass
-class TrainerOptions:
-    """How to train, apart from what.
-
-    Learning rates are peaks; `ema` is the decay per step (0: off); `threads` are CPU threads of a process.
-    """
-
-    output: str
-    steps: int
-    seed: int = 0
-    muon_lr: float = 2e-3
-    adamw_lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup: int = 20
-    decay_fraction: float = 0.45
-    ema: float = 0.99
-    clip: float = 1.0
-    mixed_precision: str = "bf16"
-    threads: int = 1
-    log_every: int = 20
-    checkpoint_every: int = 100
-    validate_every: int = 0
-
-
-class Stage(nn.Module):
-    """One thing to train. Subclasses hold their trainable modules and the frozen ones they need."""
-
-    def trainable(self) -> nn.Module:
-        """The module whose parameters are optimized and averaged."""
-        raise NotImplementedError
-
-    def batch(self, seed: int, step: int, process: int) -> dict[str, Any]:
-        """The batch of a step: a pure function of its arguments."""
-        raise NotImplementedError
-
-    def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss (a scalar with gradient) and scalars for the log."""
-        raise NotImplementedError
-
-    def validate(self, output: Path, step: int) -> dict[str, float]:
-        """Held-out numbers, and pictures under `output`."""
-        return {}
-
-    def export(self, output: Path) -> None:
-        """Write what the library loads (the trainable module then holds the averaged weights)."""
-        raise NotImplementedError
+__all__ = ["Stage", "Trainer", "TrainerOptions"]
 
 
 class _Progress:
@@ -81,12 +41,18 @@ class _Progress:
     def __init__(self) -> None:
         self.step = 0
         self.seconds = 0.0
+        self.skipped = 0
 
     def state_dict(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.skipped = int(state.get("skipped", 0))
+
+
+class _NotFinite(Exception):
+    """A loss or gradient that no optimizer may see."""
 
 
 class Trainer:
@@ -96,16 +62,31 @@ class Trainer:
         self.options = options
         self.output = Path(options.output)
         self.output.mkdir(parents=True, exist_ok=True)
+        parts = stage.parts()
         self.accelerator = Accelerator(
-            cpu=True,  # the stages make their batches and noise there
+            # where there is only a CPU, this alone makes accelerate see the other processes
+            cpu=stage.cpu_only or options.device == "cpu" or not torch.accelerator.is_available(),
             mixed_precision=options.mixed_precision,
+            fsdp_plugin=sharding_plugin(options.sharding),
+            # a phase leaves the other parts without gradient
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+            if len(parts) > 1
+            else None,
         )
         stage.to(self.accelerator.device)
         self.stage = stage
-        optimizers = build_optimizers(
-            stage.trainable(), options.muon_lr, options.adamw_lr, options.weight_decay
-        )
-        self.model, *self.optimizers = self.accelerator.prepare(stage, *optimizers)
+        made = [self._optimizers(part, first=index == 0) for index, part in enumerate(parts.values())]
+        self.model, *prepared = self.accelerator.prepare(stage, *chain.from_iterable(made))
+        gather_for_prompts(self.model)
+        self.optimizers = prepared
+        # after `prepare`: sharding makes other parameters
+        self.learnt = {
+            name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()
+        }
+        counts = iter(prepared)
+        self.optimizers_of = {
+            name: [next(counts) for _ in own] for name, own in zip(parts, made, strict=True)
+        }
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.average = (
             AveragedModel(stage.trainable(), multi_avg_fn=get_ema_multi_avg_fn(options.ema))
@@ -117,103 +98,159 @@ class Trainer:
         if self.average is not None:
             self.accelerator.register_for_checkpointing(self.average)
 
+    def _optimizers(self, part: nn.Module, first: bool) -> list[torch.optim.Optimizer]:
+        options = self.options
+        rate = options.adamw_lr if first else options.critic_lr or options.adamw_lr
+        muon = options.muon_lr if first or not options.critic_lr else 0.0
+        return build_optimizers(part, muon, rate, options.weight_decay, (options.beta1, options.beta2))
+
     @property
     def checkpoint(self) -> Path:
         return self.output / "checkpoint"
 
     def run(self) -> None:
         """Train from the last checkpoint, if there is one, to `steps`; then export the (averaged) weights."""
+        self._resume()
+        options, began, progress = self.options, time.monotonic(), self.progress
+        log = RunLog(self.output, options.report, progress.step) if self.accelerator.is_main_process else None
+        first, due = progress.step, False
+        while progress.step < options.steps:
+            step = progress.step
+            numbers = self._train_step(step)
+            progress.step += 1
+            now = time.monotonic()
+            elapsed = progress.seconds + now - began
+            last = progress.step == options.steps
+            if step % options.log_every == 0 or last:
+                pace = (now - began) / (progress.step - first)
+                self._log(log, step, numbers, elapsed, pace * (options.steps - progress.step))
+            if options.validate_every and progress.step % options.validate_every == 0:
+                self._validate(log)
+            if options.sample_every and progress.step % options.sample_every == 0:
+                self._sample()
+            due = due or progress.step % options.checkpoint_every == 0
+            if last or (due and self.stage.at_rest()):
+                seconds, progress.seconds = progress.seconds, elapsed
+                self._save()
+                progress.seconds, due = seconds, False
+        self._validate(log)
+        if self.accelerator.is_main_process:
+            self._with_average(lambda: self.stage.export(self.output / "model"))
+
+    def _resume(self) -> None:
         old = self.checkpoint.with_suffix(".old")
         # killed between the two renames of `_save`
         if self.accelerator.is_main_process and old.is_dir() and not self.checkpoint.is_dir():
             os.replace(old, self.checkpoint)
         self.accelerator.wait_for_everyone()
         if self.checkpoint.is_dir():
-            self.accelerator.load_state(str(self.checkpoint))
-        if self.accelerator.is_main_process:  # a killed run has told of steps that come again
-            self._forget("log.jsonl", self.progress.step)
-            self._forget("validation.jsonl", self.progress.step + 1)
-        options, began = self.options, time.monotonic()
-        first = self.progress.step
-        while self.progress.step < options.steps:
-            step = self.progress.step
-            loss, metrics = self._train_step(step)
-            self.progress.step += 1
-            now = time.monotonic()
-            elapsed = self.progress.seconds + now - began
-            if step % options.log_every == 0 or self.progress.step == options.steps:
-                pace = (now - began) / (self.progress.step - first)
-                self._log(step, loss, metrics, elapsed, pace * (options.steps - self.progress.step))
-            if options.validate_every and self.progress.step % options.validate_every == 0:
-                self._validate()
-            if self.progress.step % options.checkpoint_every == 0 or self.progress.step == options.steps:
-                seconds, self.progress.seconds = self.progress.seconds, elapsed
-                self._save()
-                self.progress.seconds = seconds
-        self._validate()
-        if self.accelerator.is_main_process:
-            self._with_average(lambda: self.stage.export(self.output / "model"))
+            try:
+                self.accelerator.load_state(str(self.checkpoint))
+            except (RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"output = {str(self.output)!r} has a checkpoint that does not fit this configuration ({reason}): "
+                    "give the configuration it was made with, or another output"
+                ) from error
 
-    def _train_step(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _train_step(self, step: int) -> dict[str, Any]:
+        """One step: every phase on its own batches. Numbers for the log."""
         options = self.options
         factor = learning_rate_factor(step, options.steps, options.warmup, options.decay_fraction)
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
         self.stage.train()
-        process = self.accelerator.process_index
-        draw = np.random.SeedSequence([options.seed, step, process]).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(draw))
-        batch = self.stage.batch(options.seed, step, process)
-        with self.accelerator.autocast():
-            loss, metrics = self.model(batch)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"loss is {loss.item()} at step {step}: lower muon_lr / adamw_lr and resume from {self.checkpoint}"
-            )
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.stage.trainable().parameters(), options.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if self.average is not None:
+        numbers: dict[str, Any] = {}
+        for index, phase in enumerate(self.stage.phases(step)):
+            mark = "" if len(self.learnt) == 1 else f"{phase}_"
+            try:
+                found = self._phase(index, phase, step)
+            except _NotFinite as error:
+                if options.on_nan == "stop":
+                    raise UserError(
+                        f"{mark}{error} at step {step}: lower muon_lr / adamw_lr and resume from {self.checkpoint}"
+                    ) from None
+                self.progress.skipped += 1
+                print(f"step {step}: {mark}{error}, update skipped", flush=True)
+                found = {"skipped": float(self.progress.skipped)}
+            numbers |= {mark + name: value for name, value in found.items()}
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+        if self.average is not None and step >= options.ema_from:
             self.average.update_parameters(self.stage.trainable())
-        return loss.detach(), {**metrics, "gradient_norm": norm}
+        return numbers
 
-    def _log(self, step, loss, metrics, elapsed: float, left: float) -> None:
-        if not self.accelerator.is_main_process:
+    def _phase(self, index: int, phase: str, step: int) -> dict[str, Any]:
+        """Gradient of one part over all micro-batches, then its optimizers. Means of loss and metrics."""
+        options, count = self.options, self.options.accumulate
+        if len(self.learnt) > 1:  # other parts are only looked through
+            for name, parameters in self.learnt.items():
+                for parameter in parameters:
+                    parameter.requires_grad_(name == phase)
+        total: dict[str, torch.Tensor] = {}
+        for micro in range(count):
+            number = self.accelerator.process_index * count + micro
+            entropy = [options.seed, step, number, *([index] if index else [])]
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+            batch = self.stage.phase_batch(phase, options.seed, step, number)
+            batch = send_to_device(batch, self.accelerator.device)
+            alone = micro < count - 1 and self.accelerator.num_processes > 1
+            with self.accelerator.no_sync(self.model) if alone else nullcontext():
+                with self.accelerator.autocast():
+                    loss, metrics = self.model(batch)
+                self._check("loss", loss)
+                self.accelerator.backward(loss / count)
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                total[name] = total.get(name, 0.0) + torch.as_tensor(value).detach().float().cpu() / count
+        norm = self.accelerator.clip_grad_norm_(self.learnt[phase], options.clip)
+        self._check("gradient norm", norm)
+        for optimizer in self.optimizers_of[phase]:
+            optimizer.step()
+        self.stage.after_step(phase)
+        return {**total, "gradient_norm": norm}
+
+    def _check(self, what: str, value: torch.Tensor) -> None:
+        """All processes stop or skip together."""
+        bad = (~torch.isfinite(value.detach())).float().reshape(1)
+        if self.accelerator.num_processes > 1:
+            bad = self.accelerator.reduce(bad, "sum")
+        if float(bad) > 0:
+            raise _NotFinite(f"{what} is {float(value.detach())}")
+
+    def _log(self, log: RunLog | None, step: int, numbers, elapsed: float, left: float) -> None:
+        if log is None:
             return
-        row = {"step": step, "loss": round(float(loss), 6), "seconds": round(elapsed, 1)}
-        row |= {name: round(float(value), 6) for name, value in metrics.items()}
-        with open(self.output / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        numbers = "  ".join(
-            f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "seconds")
-        )
-        print(f"step {step + 1}/{self.options.steps}  {numbers}  {left / 60:.1f} min left", flush=True)
+        row = {name: round(float(value), 6) for name, value in numbers.items()}
+        log.add(step, {**row, "seconds": round(elapsed, 1)})
+        text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+        print(f"step {step + 1}/{self.options.steps}  {text}  {left / 60:.1f} min left", flush=True)
 
-    def _forget(self, name: str, step: int) -> None:
-        """Drop a log's rows from `step` on, and a last row that was cut short."""
-        path = self.output / name
-        if path.is_file():
-            rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            path.write_text("".join(row for row in rows if json.loads(row)["step"] < step))
-
-    def _validate(self) -> None:
-        if not self.accelerator.is_main_process:
+    def _validate(self, log: RunLog | None) -> None:
+        if log is None:
             return
         self.stage.eval()
         step = self.progress.step
         with torch.no_grad():
             numbers = self._with_average(lambda: self.stage.validate(self.output, step))
         if numbers:
-            with open(self.output / "validation.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            log.add(step, numbers, "validation")
             print(f"validation at step {step}: {numbers}", flush=True)
+
+    def _sample(self) -> None:
+        """A video of the averaged weights, with its contact sheet."""
+        pipe = self.stage.pipeline()
+        if pipe is None or not self.accelerator.is_main_process:
+            return
+        self.stage.eval()
+        options, path = self.options, self.output / "samples" / f"step_{self.progress.step:06d}.mp4"
+        self._with_average(
+            lambda: write_samples(pipe, options.sample_prompt, options.sample_blocks, options.seed, path)
+        )
 
     def _with_average(self, action):
         """Call `action` while the trainable module holds the averaged weights."""
-        if self.average is None:
+        if self.average is None or self.progress.step <= self.options.ema_from:
             return action()
         module = self.stage.trainable()
         own = {name: value.clone() for name, value in module.state_dict().items()}

@@ -38,7 +38,9 @@ class WindowedAttention:
         plans: of the clip's blocks.
         streams: copies of the clip along the frame axis; the first is the clean one if `has_clean`.
         grid: token rows and columns of a latent frame.
+        has_clean: noisy blocks attend the clean stream (teacher forcing); without it their own (diffusion forcing).
         temporal: other frequencies of the temporal axis (`streamvid.rope.temporal_frequencies`).
+        noisy_plans: of the noisy streams, where they differ: windows of several blocks denoised jointly.
     """
 
     def __init__(
@@ -51,38 +53,53 @@ class WindowedAttention:
         device: torch.device | str = "cpu",
         attention: str = "reference",
         temporal: torch.Tensor | None = None,
+        noisy_plans: Sequence[BlockPlan] | None = None,
     ):
-        if not has_clean and len(plans) > 1:
-            raise UserError("blocks = more than one need a clean stream to attend: use has_clean=True")
-        self.plans, self.streams = plans, streams
+        self.streams, self.has_clean = streams, has_clean
         self.tokens = grid[0] * grid[1]
         self.attention = attention_backend(attention)
-        self.rotations: list[tuple[Rotation, Rotation]] = []  # of the context's keys, of the block itself
-        for plan in plans:
+
+        def rotated(plan: BlockPlan) -> tuple[BlockPlan, Rotation, Rotation]:
+            """A plan with the rotations of its context's keys and of the block itself."""
             context, own = plan.positions[: -len(plan.own)], plan.positions[-len(plan.own) :]
             at_context, at_own = (
                 rotation(positions, *grid, head_dim, device, temporal) for positions in (context, own)
             )
-            self.rotations.append((at_context, at_own))
+            return plan, at_context, at_own
+
+        # streams that share their plans
+        every, rows = [rotated(plan) for plan in plans], slice(None)
+        self.groups = [(rows, every)]
+        if noisy_plans is not None:
+            self.groups = [(slice(0, 1), every), (slice(1, None), [rotated(plan) for plan in noisy_plans])]
 
     def attend(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
     ) -> torch.Tensor:
         # B (S F f) H D -> B S F f H D
         q, k, v = (x.unflatten(1, (self.streams, -1, self.tokens)) for x in (q_BLHD, k_BLHD, v_BLHD))
-        outputs = []
-        for plan, (context_rotation, own_rotation) in zip(self.plans, self.rotations, strict=True):
-            own = slice(plan.own[0].frame, plan.own[-1].frame + 1)
-            context = [slot.frame for slot in plan.window[: -len(plan.own)]]
-            block_q, block_k, block_v = (x[:, :, own].flatten(2, 3).flatten(0, 1) for x in (q, k, v))
-            block_q, block_k = rotate(block_q, own_rotation), rotate(block_k, own_rotation)
-            if context:
-                context_k = rotate(k[:, 0, context].flatten(1, 2), context_rotation)
-                context_v = v[:, 0, context].flatten(1, 2)
-                block_k = torch.cat([context_k.repeat_interleave(self.streams, 0), block_k], 1)
-                block_v = torch.cat([context_v.repeat_interleave(self.streams, 0), block_v], 1)
-            outputs.append(self.attention(block_q, block_k, block_v).unflatten(0, (-1, self.streams)))
-        return torch.cat(outputs, 2).flatten(1, 2)
+        outputs = [
+            torch.cat([self._block(q[:, rows], k, v, rows, *planned) for planned in plans], 2)
+            for rows, plans in self.groups
+        ]
+        return torch.cat(outputs, 1).flatten(1, 2)
+
+    def _block(self, q, k, v, rows: slice, plan: BlockPlan, at_context: Rotation, at_own: Rotation):
+        """Output of one block in the streams `rows`, `[B, S, L, H, D]`."""
+        own = slice(plan.own[0].frame, plan.own[-1].frame + 1)
+        context = [slot.frame for slot in plan.window[: -len(plan.own)]]
+        block_q, block_k, block_v = (
+            x[:, :, own].flatten(2, 3).flatten(0, 1) for x in (q, k[:, rows], v[:, rows])
+        )
+        block_q, block_k = rotate(block_q, at_own), rotate(block_k, at_own)
+        if context:
+            source = slice(0, 1) if self.has_clean else rows
+            seen_k, seen_v = (x[:, source][:, :, context].flatten(2, 3) for x in (k, v))
+            repeats = q.shape[1] // seen_k.shape[1]
+            seen_k, seen_v = rotate(seen_k.flatten(0, 1), at_context), seen_v.flatten(0, 1)
+            block_k = torch.cat([seen_k.repeat_interleave(repeats, 0), block_k], 1)
+            block_v = torch.cat([seen_v.repeat_interleave(repeats, 0), block_v], 1)
+        return self.attention(block_q, block_k, block_v).unflatten(0, (-1, q.shape[1]))
 
 
 class MaskedAttention:

@@ -240,3 +240,137 @@ def test_hidden_matrices_go_to_muon_and_the_rest_to_adamw():
     assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.02, 0.01)
     (only,) = build_optimizers(network, muon_lr=0.0, adamw_lr=0.01)
     assert isinstance(only, torch.optim.AdamW) and len(only.param_groups[0]["params"]) == len(name_of) - 2
+
+
+# --- phases, micro-batches, accidents -------------------------------------------------------------------------------
+
+
+class Two(Fit):
+    """A generator and a critic that fit noise; the critic learns in every step."""
+
+    def __init__(self, **accidents):
+        super().__init__(**accidents)
+        self.critic = nn.Linear(4, 4)
+
+    def parts(self):
+        return {"generator": self.network, "critic": self.critic}
+
+    def phases(self, step):
+        return ("generator", "critic") if step % 2 == 0 else ("critic",)
+
+    def phase_batch(self, phase, seed, step, process):
+        return {**self.batch(seed, step, process), "phase": phase}
+
+    def forward(self, batch):
+        image = self.network(batch["image"])
+        error = image - batch["target"]
+        if batch["phase"] == "critic":
+            error = self.critic(image.detach().movedim(1, -1)) - batch["target"].movedim(1, -1)
+        return error.square().mean(), {"random": torch.rand(())}
+
+
+def test_phases_move_their_part_at_their_rate_and_survive_a_kill(tmp_path):
+    options = {"muon_lr": 0.0, "adamw_lr": 1e-3, "critic_lr": 0.1, "warmup": 0, "decay_fraction": 0.0}
+    trainer(tmp_path / "whole", Two(), **options).run()
+    rows = log(tmp_path / "whole")
+    assert "generator_loss" in rows[0] and "generator_loss" not in rows[1]
+    assert all("critic_gradient_norm" in row for row in rows)
+    assert rows[0]["generator_random"] != rows[0]["critic_random"]
+    with pytest.raises(Killed):
+        trainer(tmp_path / "killed", Two(kill_at=4), **options).run()
+    trainer(tmp_path / "killed", Two(), **options).run()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    made = trainer(tmp_path / "rates", Two(), **options)
+    before = {name: p.clone() for name, p in made.stage.named_parameters()}
+    made._train_step(1)
+    moved = {name: float((p - before[name]).abs().max()) for name, p in made.stage.named_parameters()}
+    assert moved["network.weight"] == 0 and moved["critic.weight"] == pytest.approx(0.1, rel=0.01)
+    made._train_step(0)
+    step = (made.stage.network.weight - before["network.weight"]).abs().max()
+    assert float(step) == pytest.approx(1e-3, rel=0.01)
+
+
+def test_micro_batches_are_a_mean(tmp_path):
+    """Two micro-batches of a step are those of processes 0 and 1, and weigh one half each."""
+
+    class Halves(Fit):
+        def batch(self, seed, step, process):
+            halves = [Fit.batch(self, seed, step, number) for number in (0, 1)]
+            return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+
+    trainer(tmp_path / "two", Fit(), accumulate=2).run()
+    trainer(tmp_path / "one", Halves()).run()
+    for name, value in exported(tmp_path / "one").items():
+        torch.testing.assert_close(exported(tmp_path / "two")[name], value, rtol=1e-3, atol=1e-5)
+    assert log(tmp_path / "two")[0]["loss"] == pytest.approx(log(tmp_path / "one")[0]["loss"], rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_may_be_skipped(tmp_path, capsys):
+    stage = Fit(nan_at=3)
+    trainer(tmp_path, stage, on_nan="skip", ema=0, warmup=0).run()
+    assert "step 3: loss is nan, update skipped" in capsys.readouterr().out
+    rows = log(tmp_path)
+    assert rows[3] == {"step": 3, "skipped": 1.0} and len(rows) == 6
+    for name in stage.seen[3]:
+        assert torch.equal(stage.seen[3][name], stage.seen[4][name])
+        assert not torch.equal(stage.seen[4][name], stage.seen[5][name])
+
+
+def test_a_gradient_that_is_not_finite_is_caught_too(tmp_path):
+    class Spike(Fit):
+        def forward(self, batch):
+            loss, metrics = super().forward(batch)
+            return loss + (self.network.bias[0] * 0).sqrt() * 0, metrics  # the root has no slope at 0
+
+    with pytest.raises(UserError, match="gradient norm is nan at step 0"):
+        trainer(tmp_path, Spike()).run()
+
+
+def test_averages_start_when_they_are_told_to(tmp_path):
+    stage = Fit()
+    trainer(tmp_path, stage, ema=0.5, ema_from=4).run()
+    own = [*stage.seen[1:], stage.network.state_dict()]  # after each step
+    average = {name: 0.5 * own[4][name] + 0.5 * own[5][name] for name in own[0]}
+    for name, value in exported(tmp_path).items():
+        torch.testing.assert_close(value, average[name])
+
+
+def test_checkpoints_wait_until_the_stage_is_at_rest(tmp_path):
+    class Busy(Fit):
+        def at_rest(self):
+            return len(self.seen) % 4 == 0  # after the fourth step
+
+    with pytest.raises(Killed):
+        trainer(tmp_path, Busy(kill_at=4), checkpoint_every=2).run()
+    resumed = Busy()
+    trainer(tmp_path, resumed, checkpoint_every=2).run()
+    assert len(resumed.seen) == 2
+
+
+def test_a_checkpoint_of_another_configuration_is_one_sentence(tmp_path):
+    trainer(tmp_path).run()
+    with pytest.raises(UserError, match="has a checkpoint that does not fit this configuration") as failure:
+        trainer(tmp_path, Two(), steps=9).run()
+    assert "\n" not in str(failure.value)
+
+
+def test_numbers_reach_tensorboard_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(Killed):
+        trainer(tmp_path, Fit(kill_at=5), report="tensorboard", validate_every=3).run()
+    trainer(tmp_path, report="tensorboard", validate_every=3).run()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {event.step: event.value for event in events.Scalars("log/loss")}
+    assert found == pytest.approx({row["step"]: row["loss"] for row in log(tmp_path)}, rel=1e-4)
+    assert [e.step for e in events.Scalars("log/loss")] == list(range(6))
+    assert "validation/weight" in events.Tags()["scalars"]
+
+
+def test_reports_that_are_not_installed_are_told(tmp_path, monkeypatch):
+    import sys
+
+    for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=f"report = '{name}' needs"):
+            trainer(tmp_path, report=name).run()

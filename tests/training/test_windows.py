@@ -130,8 +130,20 @@ def test_a_first_block_needs_no_clean_stream():
         doubled[0], doubled[1].expand(2, -1), doubled[2], context=context
     ).sample
     torch.testing.assert_close(output, torch.cat([expected, expected], 2), atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="blocks = more than one need a clean stream"):
-        WindowedAttention(plan_blocks(SMALL, 2), 1, tiny.GRID, 12, has_clean=False)
+
+
+@torch.no_grad()
+def test_diffusion_forcing_sees_noisy_frames_of_its_own_stream():
+    """Without a clean stream every copy attends its own window: the block-causal mask of the papers."""
+    plans, (noisy, _, timestep, text) = plan_blocks(SMALL, BLOCKS), clip_of(BLOCKS, 2)
+    model = tiny.shared_transformer()
+    masked = model(
+        noisy, timestep.expand(2, -1), text, context=MaskedAttention(plans, 1, tiny.GRID, 12)
+    ).sample
+    two = [torch.cat([noisy, noisy.flip(0)], 2), timestep.repeat(2).expand(2, -1), torch.cat([text, text], 1)]
+    gathered = model(*two, context=WindowedAttention(plans, 2, tiny.GRID, 12, has_clean=False)).sample
+    torch.testing.assert_close(gathered[:, :, : noisy.shape[2]], masked, atol=1e-5, rtol=0)
+    assert not torch.allclose(gathered[:, :, noisy.shape[2] :], masked, atol=1e-2)
 
 
 @pytest.mark.parametrize("route", [MaskedAttention, WindowedAttention])
