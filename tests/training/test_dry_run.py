@@ -21,7 +21,7 @@ def test_operations_of_a_forward_are_those_that_pytorch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(clip, torch.tensor([500.0]), prompt_kv=kv)
     tokens = 4 * tiny.TOKENS
-    time = 2 * (16 * 128 + 128**2 + 6 * 128**2)  # of the timestep's embedding, one here
+    time = 4 * 2 * (16 * 128 + 128**2 + 6 * 128**2)  # of the timestep's embedding, one per frame
     assert forward_flops(model, tokens, tokens) == pytest.approx(counter.get_total_flops() - time, rel=0.01)
 
 

@@ -259,7 +259,10 @@ class Two(Fit):
         return ("generator", "critic") if step % 2 == 0 else ("critic",)
 
     def phase_batch(self, phase, seed, step, process):
-        return {**self.batch(seed, step, process), "phase": phase}
+        if step == self.kill_at:
+            raise Killed
+        # from the numbers that the trainer seeds for every phase
+        return {"image": torch.randn(2, 3, 5, 5), "target": torch.randn(2, 4, 3, 3), "phase": phase}
 
     def forward(self, batch):
         image = self.network(batch["image"])
