@@ -92,7 +92,7 @@ MISTAKES = {
     "unknown option": (
         "kind: text\nstage: {}\n" + TRAINER,
         ["trainer.stepps=3"],
-        "trainer.stepps is not an option: choose from adamw_lr",
+        "trainer.stepps is not an option: choose from accumulate, adamw_lr",
     ),
     "text for a number": (
         "kind: text\nstage: {}\n" + TRAINER,
