@@ -54,7 +54,9 @@ class GradedContext:
             if slot.position is not NO_POSITION and slot not in self.plan.own:
                 self.places[slot.frame] = (slot.slot, cache.rotated_at[slot.frame])
         self.window: dict[int, KeyValue] = {}  # layer -> copy of keys and values
-        self.written: dict[int, list[tuple[slice, slice]]] = {}  # layer -> where this forward's own are among them
+        self.written: dict[
+            int, list[tuple[slice, slice]]
+        ] = {}  # layer -> where this forward's own are among them
         self.made: dict[int, KeyValue] = {}  # layer -> this block's keys before rotation, and values
 
     def attend(
@@ -247,9 +249,10 @@ class RolloutStream(VideoStream):
         self.tap.gradient = True
         for index, step in enumerate(exit_steps):
             with_gradient = index >= blocks - graded_blocks
-            # a first block may have other levels (`first_denoising_steps`)
+            # a first block may have other levels (`first_denoising_steps`): the last step stays the last
             own_levels = self._levels()
-            step = min(step, len(own_levels) - 1)
+            last = len(own_levels) - 1
+            step = last if step == len(self.steps) - 1 else min(step, last)
             self.exit_step, self.tap.calls, self.tap.kept = step, 0, []
             self.tap.chosen = {step}.__contains__ if with_gradient else set().__contains__
             chunk = next(self)
