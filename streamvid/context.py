@@ -320,7 +320,6 @@ class ContextCache:
             keys, values = F.pad(keys, missing), F.pad(values, missing)
         return query, keys, values
 
-
     def _buffer(self, layer: int, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer; a block that finds the window full compresses them in its first forward."""
         if self.quantised is not None:
