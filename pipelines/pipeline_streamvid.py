@@ -21,6 +21,7 @@ from streamvid.schedule import FewStepFlowScheduler
 from streamvid.script import MAX_PROMPT_CHARACTERS, Script, load_script, timeline
 from streamvid.stream import PromptChange, VideoStream
 from streamvid.text import encode_prompts
+from streamvid.tiny_decoder import TinyDecoder
 from streamvid.transformer import CausalWanTransformer3DModel
 
 NOISE_ORDERS = ("seeded", "reference")
@@ -39,6 +40,7 @@ class StreamVidPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    tiny_decoder: TinyDecoder | None = None
 
     def __init__(
         self,
@@ -64,6 +66,11 @@ class StreamVidPipeline(DiffusionPipeline):
         self.register_to_config(
             method=method, fps=fps, height=height, width=width, distilled_for=distilled_for
         )
+
+    @property
+    def decoder(self) -> AutoencoderKLWan | TinyDecoder:
+        """What makes pixels: the VAE, or the tiny decoder where there is one."""
+        return self.tiny_decoder or self.vae
 
     @property
     def temporal_ratio(self) -> int:

@@ -37,7 +37,7 @@ def decode_ahead(stream: VideoStream) -> Iterator[Chunk]:
     A line of three threads: this one denoises, two others do a half of the decoding each. If the stream fails, what it made
     before is decoded and yielded first.
     """
-    vae = stream.pipe.vae
+    vae = stream.pipe.decoder
     decoder = decoder_state(vae)
 
     def first_half(chunk: Chunk) -> Future[Chunk]:

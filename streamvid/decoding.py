@@ -17,6 +17,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 
 from streamvid import wan_decoder
+from streamvid.tiny_decoder import TinyDecoder
+
+Decoder = AutoencoderKLWan | TinyDecoder
 
 
 @dataclass
@@ -41,7 +44,9 @@ def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     return vae
 
 
-def decoder_state(vae: AutoencoderKLWan) -> VaeState:
+def decoder_state(vae: Decoder) -> VaeState:
+    if isinstance(vae, TinyDecoder):
+        return VaeState([None] * vae.memories)
     return VaeState([None] * vae._cached_conv_counts["decoder"])
 
 
@@ -59,7 +64,7 @@ def latent_statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.
 
 
 def decode(
-    vae: AutoencoderKLWan,
+    vae: Decoder,
     latents_BCFHW: torch.Tensor,
     state: VaeState,
     frames_per_call: int | None = 1,
@@ -71,6 +76,10 @@ def decode(
     One decoder call per latent frame is what `vae.decode` does, hence bit-equality; `frames_per_call=None` runs all
     frames after the first in one call, which is faster and equal up to rounding (used in training).
     """
+    if isinstance(vae, TinyDecoder):
+        pixels, state.features = vae(latents_BCFHW, state.features, state.started)
+        state.started = True
+        return pixels.clamp(-1.0, 1.0) if clamp else pixels
     x = _denormalised(vae, latents_BCFHW)
     features = copy(state.features)
     started = state.started
@@ -85,7 +94,7 @@ def decode(
     return pixels.clamp(-1.0, 1.0) if clamp else pixels
 
 
-def decode_to_bytes(vae: AutoencoderKLWan, latents_BCFHW: torch.Tensor, state: VaeState) -> np.ndarray:
+def decode_to_bytes(vae: Decoder, latents_BCFHW: torch.Tensor, state: VaeState) -> np.ndarray:
     """The next latents as uint8 pixels `[B, T, H, W, 3]`.
 
     In float32 one decoder call per latent frame, bit for bit `vae.decode`; in half precision streamvid.wan_decoder, which is
@@ -95,16 +104,14 @@ def decode_to_bytes(vae: AutoencoderKLWan, latents_BCFHW: torch.Tensor, state: V
 
 
 @torch.no_grad()
-def begin_decoding(
-    vae: AutoencoderKLWan, latents_BCFHW: torch.Tensor, state: VaeState
-) -> Callable[[], np.ndarray]:
+def begin_decoding(vae: Decoder, latents_BCFHW: torch.Tensor, state: VaeState) -> Callable[[], np.ndarray]:
     """The first half of `decode_to_bytes`; what it returns does the second half, and may do so in another thread.
 
     In half precision the second half of a chunk may run beside the first half of the next one; each half must see the
     chunks in order. After a failure the state is of no use: decode with a fork.
     """
     latents = latents_BCFHW.to(vae.dtype)
-    if vae.dtype == torch.float32:
+    if isinstance(vae, TinyDecoder) or vae.dtype == torch.float32:
         return torch.no_grad()(lambda: to_bytes(decode(vae, latents, state)))
     halves = []
     for piece in _pieces(_denormalised(vae, latents), state.started, 1, None):

@@ -34,6 +34,7 @@ def generate(
     dtype: str = "auto",
     noise: str = "seeded",
     attention: str = "auto",
+    decoder: str = "exact",
     crf: int | None = None,
     contact_sheet: str | Path | None = None,
     quiet: bool = False,
@@ -72,7 +73,7 @@ def generate(
             raise UserError(f"contact sheet = {str(contact_sheet)!r} must be the name of a .png file")
         prepare_output_file(contact_sheet)
 
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, decoder)
     beside = decodes_beside(pipe)
     seed = next((value for value in (seed, script.seed) if value is not None), 0)
     stream = pipe.stream(
@@ -92,6 +93,7 @@ def generate(
         print(format_timeline(stream.timeline))
     sheet = ContactSheet(stream.fps) if contact_sheet else None
     config = {"model": model, **asdict(stream.method), "dtype": str(pipe.transformer.dtype), "noise": noise}
+    config["decoder"] = decoder
     with ExitStack() as stack:
         writer = stack.enter_context(open_writer(output, stream.fps, **options))
         manifest = stack.enter_context(

@@ -109,18 +109,22 @@ def cpu_multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def load_pipeline(model: str = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto") -> StreamVidPipeline:
+def load_pipeline(
+    model: str = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto", decoder: str = "exact"
+) -> StreamVidPipeline:
     """Load a model's pipeline.
 
     Args:
         model: an embedded model, a folder, or a hub id.
         device, dtype: `auto` chooses (`choose_device`, `choose_dtype`).
+        decoder: `exact` (the VAE's), `tiny` (the model's folder `tiny_decoder`), or the path of another tiny decoder.
     """
     from transformers import UMT5EncoderModel
 
     from streamvid.checkpoints import load_transformer, load_vae
     from streamvid.decoding import channels_last
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
+    from streamvid.tiny_decoder import load_tiny_decoder
 
     source, target = resolve_model(model), choose_device(device)
     number = choose_dtype(dtype, target)
@@ -142,6 +146,9 @@ def load_pipeline(model: str = DEFAULT_MODEL, device: str = "auto", dtype: str =
                 folder, dtype=number, transformer=transformer, vae=vae, text_encoder=text_encoder
             )
             check_parts(pipe)
+            if decoder != "exact":
+                place = folder / "tiny_decoder" if decoder == "tiny" else decoder
+                pipe.tiny_decoder = load_tiny_decoder(place, number).to(target)
             return pipe.to(target)
     except UserError:
         raise

@@ -134,7 +134,7 @@ class VideoStream:
         self.block = 0
         self.frames_shown = 0
         self.decode_pixels = decode_pixels
-        self.decoder: VaeState = decoder_state(pipe.vae)
+        self.decoder: VaeState = decoder_state(pipe.decoder)
         self.noise = noise
         self.current = first
         self.blend: _Blend | None = None
@@ -260,7 +260,7 @@ class VideoStream:
                 policy.apply(self.cache, lambda plan: self._context_pass(plan, prompt_kv))
                 events = (f"switch:{name}",)
                 if policy.restarts_decoder:
-                    state = replace(state, decoder=decoder_state(self.pipe.vae), new_scene=True)
+                    state = replace(state, decoder=decoder_state(self.pipe.decoder), new_scene=True)
         inputs = self._inputs(state, prompt_kv)
         with clock.stage("denoise"):
             plan, latents = self.sampler.denoise(inputs)
@@ -397,7 +397,7 @@ class VideoStream:
         if not self.decode_pixels:
             decoder.started = True
             return np.zeros((latents_BCFHW.shape[0], 0, 0, 0, 3), np.uint8)
-        return decode_to_bytes(self.pipe.vae, latents_BCFHW, decoder)
+        return decode_to_bytes(self.pipe.decoder, latents_BCFHW, decoder)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ def add(commands) -> None:
     command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     command.add_argument("--noise", default="seeded", help="seeded, or reference (the releases' draw order)")
     command.add_argument("--attention", default="auto", help="attention backend (see streamvid info)")
+    command.add_argument(
+        "--decoder",
+        default="exact",
+        help="exact (the VAE's), tiny (several times cheaper, less exact), or the path of a tiny decoder",
+    )
     command.add_argument("--crf", type=int, help="quality of an MP4: lower is better (default 18)")
     command.add_argument(
         "--contact-sheet",
@@ -73,6 +78,7 @@ def run(options) -> None:
         dtype=options.dtype,
         noise=options.noise,
         attention=options.attention,
+        decoder=options.decoder,
         crf=options.crf,
         contact_sheet=sheet,
         quiet=options.quiet,

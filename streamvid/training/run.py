@@ -28,6 +28,7 @@ from streamvid.training.trainer import Trainer
 
 STAGES = {
     "vae": "streamvid.training.vae_stage:VaeStage",
+    "tiny_decoder": "streamvid.training.tiny_decoder_stage:TinyDecoderStage",
     "text": "streamvid.training.text_stage:TextStage",
     "student": "streamvid.training.student_stage:StudentStage",
     "flow": "streamvid.training.flow_stage:FlowStage",

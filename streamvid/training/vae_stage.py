@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from streamvid.decoding import channels_last, decode, decoder_state, encode, encode_moments, encoder_state
+from streamvid.tiny_decoder import TinyDecoder
 from streamvid.training.trainer import Stage
 from streamvid.world.render import render_clip
 from streamvid.world.sampling import sample_clip
@@ -85,13 +86,17 @@ class VaeStage(Stage):
             for v in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
         normalised = (sample - latent_mean) / latent_std
-        decoded = decode(self.vae, normalised, decoder_state(self.vae), None, clamp=False).float()
+        decoded = self.decode(normalised).float()
         squared = F.mse_loss(decoded, pixels)
         absolute = F.l1_loss(decoded, pixels)
         edges = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (-1, -2))
         size = mean.square().mean()
         loss = absolute + 2 * squared + 0.4 * edges + self.size_weight * size
         return loss, {"psnr": psnr(squared.detach()), "latent_square": size.detach()}
+
+    def decode(self, latents_BCFHW: torch.Tensor) -> torch.Tensor:
+        """Normalised latents of a whole clip to pixels, not clamped."""
+        return decode(self.vae, latents_BCFHW, decoder_state(self.vae), None, clamp=False)
 
     def validate(self, output: Path, step: int) -> dict[str, float]:
         numbers = reconstruction_quality(self.vae, clips=6, frames=81, picture=output / f"step_{step}.png")
@@ -139,16 +144,26 @@ def measure_latents(
 
 @torch.no_grad()
 def reconstruction_quality(
-    vae: AutoencoderKLWan, clips: int, frames: int, picture: Path | None = None, seed: int = 123
+    vae: AutoencoderKLWan,
+    clips: int,
+    frames: int,
+    picture: Path | None = None,
+    seed: int = 123,
+    decoder: TinyDecoder | None = None,
 ) -> dict[str, Any]:
-    """PSNR in dB of held-out renders sent through the VAE: mean over clips, the first and the last frames."""
+    """PSNR in dB of held-out renders sent through the VAE: mean over clips, the first and the last frames.
+
+    Args:
+        decoder: in place of the VAE's own.
+    """
+    chosen = decoder or vae
     rng = np.random.default_rng(seed)
     curves, rows, spread = [], [], torch.zeros(0)
     for _ in range(clips):
         shots, scenery = sample_clip(rng, frames, held_out=True)
         truth = to_pixels(render_clip(shots, scenery, frames))[None]
         latents = encode(vae, truth.to(vae.dtype), encoder_state(vae), None)
-        decoded = decode(vae, latents, decoder_state(vae), None).float()
+        decoded = decode(chosen, latents.to(chosen.dtype), decoder_state(chosen), None).float()
         spread = latents.float().std(dim=(0, 2, 3, 4))
         curves.append(psnr((decoded - truth).square().mean(dim=(0, 1, 3, 4))))
         columns = [torch.cat([truth[0, :, t], decoded[0, :, t]], 1) for t in (0, frames // 3, frames - 1)]
