@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 from streamvid import wan_decoder
 from streamvid.tiny_decoder import TinyDecoder
 
-Decoder = AutoencoderKLWan | TinyDecoder
+Decoder: TypeAlias = AutoencoderKLWan | TinyDecoder
 
 
 @dataclass

@@ -44,10 +44,9 @@ class TinyDecoderStage(VaeStage):
             space=(True, True, False) if config.patch_size == 2 else (True, True, True),
             patch_size=config.patch_size or 1,
         )
-        for layer in self.tiny.modules():  # blocks start as identities
-            if isinstance(layer, nn.Sequential) and len(layer) == 5:
-                nn.init.zeros_(layer[-1].weight)
-                nn.init.zeros_(layer[-1].bias)
+        for name, parameter in self.tiny.named_parameters():
+            if ".conv.4." in name:  # blocks start as identities
+                nn.init.zeros_(parameter)
         self.tiny.to(memory_format=torch.channels_last)
 
     def trainable(self) -> TinyDecoder:
