@@ -24,7 +24,7 @@ from streamvid.evaluation.method_table import WARM_UP, WINDOW, cases
 from streamvid.io.files import replace_atomically
 from streamvid.io.manifest import environment
 from streamvid.kv_storage import KV_DTYPES
-from streamvid.method_tables import WAN
+from streamvid.method_list import WAN
 from streamvid.methods import load_method
 from streamvid.models import DEFAULT_MODEL, load_pipeline, load_probe
 from streamvid.world.probe import WINDOW_FRAMES

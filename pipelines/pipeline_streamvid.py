@@ -18,7 +18,8 @@ from streamvid.errors import UserError
 from streamvid.methods import Method, load_method
 from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
 from streamvid.schedule import FewStepFlowScheduler
-from streamvid.script import MAX_PROMPT_CHARACTERS, Script, load_script, timeline
+from streamvid.script import Script, load_script, timeline
+from streamvid.script_fields import MAX_PROMPT_CHARACTERS
 from streamvid.stream import PromptChange, VideoStream
 from streamvid.text import encode_prompts
 from streamvid.tiny_decoder import TinyDecoder

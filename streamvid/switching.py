@@ -32,7 +32,7 @@ import torch
 
 from streamvid.context import ContextCache
 from streamvid.errors import UserError
-from streamvid.script import OPTIONS_PATTERN
+from streamvid.script_fields import OPTIONS_PATTERN
 from streamvid.window import BlockPlan
 
 Replay = Callable[[BlockPlan], None]

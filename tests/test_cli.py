@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from streamvid.cli import main
 from streamvid.commands.common import parse_assignments
 from streamvid.errors import UserError
-from streamvid.script import MAX_PROMPT_CHARACTERS
+from streamvid.script_fields import MAX_PROMPT_CHARACTERS
 
 FOX = "a red fox walks [1s]"
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"

@@ -11,20 +11,16 @@ from PIL import Image
 from streamvid import method_picture
 from streamvid.cli import main
 from streamvid.errors import UserError
+from streamvid.method_list import WAN, Shape, format_bytes, format_methods, model_shape
 from streamvid.method_picture import COLOURS, EMPTY, layout, roles
 from streamvid.method_tables import (
     MOST_FRAMES,
-    WAN,
-    Shape,
     attended_text,
     changes_text,
     enough_blocks,
     event_text,
-    format_bytes,
     format_forwards,
-    format_methods,
     heading,
-    model_shape,
     planned,
     positions_text,
     runs,

@@ -148,7 +148,9 @@ def drawn_settings(kind: str, draw: random.Random) -> dict:
     if kind == "deep_compression":
         recent = draw.randint(block, block + 3)
         window = sink + recent + draw.randint(0, 7)
-        budget = draw.randint(sink + recent, window)
+        budget = draw.randint(
+            sink + recent - 1, window + 1
+        )  # the release keeps it between sink + recent and window
         streaming |= {
             "local_attn_size": window,
             "cache_capacity_frames": window,

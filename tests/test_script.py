@@ -13,20 +13,22 @@ from hypothesis import strategies as st
 
 from streamvid.errors import UserError
 from streamvid.script import (
-    MAX_PROMPT_CHARACTERS,
-    SCRIPT_FIELDS,
-    SHOT_FIELDS,
-    TRANSITIONS,
     Script,
     Shot,
     first_frame_of_block,
     format_timeline,
-    json_schema,
     load_script,
     parse_script,
     timeline,
     to_dict,
     to_yaml,
+)
+from streamvid.script_fields import (
+    MAX_PROMPT_CHARACTERS,
+    SCRIPT_FIELDS,
+    SHOT_FIELDS,
+    TRANSITIONS,
+    json_schema,
 )
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from streamvid.kernels.attention import reference
 
 from streamvid.errors import UserError
 from streamvid.rope import rotate, rotation
-from streamvid.script import TRANSITIONS
+from streamvid.script_fields import TRANSITIONS
 from streamvid.switching import ORDERS, SWITCH_POLICIES, slerp, switch_policy
 from streamvid.window import WindowOptions
 

@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 
 from streamvid.errors import UserError
-from streamvid.script import TRANSITIONS, json_schema, load_script
+from streamvid.script import load_script
+from streamvid.script_fields import TRANSITIONS, json_schema
 from streamvid.switching import SWITCH_POLICIES, switch_policy
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scripts.md"

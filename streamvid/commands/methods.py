@@ -52,14 +52,14 @@ def _add_shape_options(command, default) -> None:
 
 
 def _model_shape(options):
-    from streamvid.method_tables import WAN, model_shape
+    from streamvid.method_list import WAN, model_shape
     from streamvid.models import DEFAULT_MODEL
 
     return WAN[options.wan] if options.wan else model_shape(options.model or DEFAULT_MODEL)
 
 
 def _list_methods(options) -> None:
-    from streamvid.method_tables import format_methods
+    from streamvid.method_list import format_methods
 
     print(format_methods(_model_shape(options)))
 

@@ -37,6 +37,6 @@ def _check_script(options) -> None:
 def _print_schema(options) -> None:
     import json
 
-    from streamvid.script import json_schema
+    from streamvid.script_fields import json_schema
 
     print(json.dumps(json_schema(), indent=2))
