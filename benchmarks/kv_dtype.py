@@ -4,8 +4,9 @@
 
 Per dtype: PSNR of the decoded video against the native one in the two seconds that end at 5 s and at the end, mean and worst
 of all prompts; the share of attributes that the probe finds right at the end; bytes of the embedded model's cache, and of
-Wan2.1 1.3B's. A stream feeds on what it made, so any change, however small, grows with time: the row `other kernel` (native,
-with attention written out instead of fused) shows how far rounding alone leads.
+Wan2.1 1.3B's with the same method and with a window of 21 (`self_forcing`). A stream feeds on what it made, so any change,
+however small, grows with time: the row `other kernel` (native, with attention written out instead of fused) shows how far
+rounding alone leads.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ def measure(model: str, prompts: int, blocks: int, method: str | None = None) ->
             right = torch.stack([told[attribute] for attribute in ATTRIBUTES], -1) == labels
             row["adherence_end"] = round(float(right.float().mean()), 4)
         if kv_dtype != OTHER_KERNEL:
-            large = load_method(method, {"kv_dtype": kv_dtype})
-            row["bytes_wan_1.3B"] = WAN["1.3B"].cache_bytes(large)
+            row["bytes_wan_1.3B"] = {
+                name: WAN["1.3B"].cache_bytes(load_method(name, {"kv_dtype": kv_dtype}))
+                for name in dict.fromkeys([method, "self_forcing"])
+            }
         rows.append(row)
         print(f"{kv_dtype}: {time.monotonic() - began:.0f} s {row}", flush=True)
     return {
@@ -99,11 +102,13 @@ def measure(model: str, prompts: int, blocks: int, method: str | None = None) ->
 
 def table(result: dict[str, Any]) -> str:
     """The measurement as a Markdown table."""
-    lines = [
-        f"| `kv_dtype` | PSNR at 5 s (worst) | at {result['seconds']:.0f} s (worst) | adherence | bytes | of Wan2.1 1.3B |",
-        "|---|---|---|---|---|---|",
-    ]
     native = result["rows"][0]
+    lines = [
+        f"| `kv_dtype` | PSNR at 5 s (worst) | at {result['seconds']:.0f} s (worst) | adherence | bytes | "
+        + " | ".join(f"Wan2.1 1.3B, `{name}`" for name in native["bytes_wan_1.3B"])
+        + " |",
+        "|---" * (5 + len(native["bytes_wan_1.3B"])) + "|",
+    ]
     for row in result["rows"]:
         own = row is native
         early, end = (
@@ -111,11 +116,14 @@ def table(result: dict[str, Any]) -> str:
             for name in ("psnr_early", "psnr_end")
         )
         share = f"{row['bytes'] / 1e3:.0f} kB ({row['bytes'] / native['bytes']:.2f})"
-        large = row.get("bytes_wan_1.3B")
-        wan = f"{large / 1e9:.2f} GB ({large / native['bytes_wan_1.3B']:.2f})" if large else "-"
-        lines.append(
-            f"| {row['kv_dtype']} | {early} | {end} | {row['adherence_end']:.3f} | {share} | {wan} |"
-        )
+        large = [
+            f"{row['bytes_wan_1.3B'][name] / 1e9:.2f} GB ({row['bytes_wan_1.3B'][name] / of:.2f})"
+            if "bytes_wan_1.3B" in row
+            else "-"
+            for name, of in native["bytes_wan_1.3B"].items()
+        ]
+        adherence = f"{row['adherence_end']:.3f}" if "adherence_end" in row else "-"
+        lines.append(f"| {row['kv_dtype']} | {early} | {end} | {adherence} | {share} | {' | '.join(large)} |")
     return "\n".join(lines)
 
 

@@ -17,17 +17,17 @@ def test_psnr_of_a_constant_error():
     assert psnr(video, other).tolist() == pytest.approx([99.0, 20 * torch.tensor(25.5).log10().item()])
 
 
-def test_a_measurement_of_two_blocks(tmp_path, monkeypatch, capsys):
+def test_a_short_measurement(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kv_dtype, "WARM_UP", 0)
     monkeypatch.setattr(kv_dtype, "WINDOW", 1)
     monkeypatch.setattr(kv_dtype, "WINDOW_FRAMES", 1)
     monkeypatch.setattr(kv_dtype, "load_probe", lambda model: None)
-    main(["--prompts", "1", "--blocks", "2", "--output", str(tmp_path / "found.json")])
+    main(["--prompts", "1", "--blocks", "4", "--output", str(tmp_path / "found.json")])
     result = json.loads((tmp_path / "found.json").read_text())
     rows = {row["kv_dtype"]: row for row in result["rows"]}
-    assert list(rows) == [*KV_DTYPES, OTHER_KERNEL] and result["seconds"] == 1.5
+    assert list(rows) == [*KV_DTYPES, OTHER_KERNEL] and result["seconds"] == 3.0
     assert rows["native"]["psnr_end"] == {"mean": 99.0, "worst": 99.0}
     assert 99 > rows["int8"]["psnr_end"]["mean"] > rows["kivi2"]["psnr_end"]["mean"]
-    sizes = [rows[name]["bytes_wan_1.3B"] for name in ("native", "int8", "kivi2")]
+    sizes = [rows[name]["bytes_wan_1.3B"]["self_forcing"] for name in ("native", "int8", "kivi2")]
     assert sizes == sorted(sizes, reverse=True)
     assert table(result) in capsys.readouterr().out
