@@ -9,7 +9,7 @@ import torch
 
 from streamvid import __version__
 from streamvid.errors import UserError
-from streamvid.kernels.attention import BACKENDS
+from streamvid.kernels.attention import BACKENDS, unavailable
 from streamvid.methods import load_method, method_names
 from streamvid.models import choose_device, choose_dtype, describe_model, embedded_models
 
@@ -25,7 +25,9 @@ def overview() -> str:
         f"device: {device} ({_device_name(device)}), dtype {str(choose_dtype('auto', device)).split('.')[-1]}"
     )
     lines.append(f"threads: {torch.get_num_threads()}")
-    lines.append(f"attention backends: {', '.join(BACKENDS)}")
+    here = [name for name in BACKENDS if not unavailable(name)]
+    elsewhere = [name for name in BACKENDS if name not in here]
+    lines.append(f"attention backends: {', '.join(here)} (not here: {', '.join(elsewhere) or 'none'})")
     lines.append(f"methods: {', '.join(method_names())}")
     for name in embedded_models():
         facts = describe_model(name)
