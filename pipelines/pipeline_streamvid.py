@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from streamvid.errors import UserError
 from streamvid.methods import Method, load_method
 from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
+from streamvid.saving import load_stream
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.script import Script, load_script, timeline
 from streamvid.script_fields import MAX_PROMPT_CHARACTERS
@@ -184,6 +185,14 @@ class StreamVidPipeline(DiffusionPipeline):
         frames = None if length is None else length * chosen.frames_per_block
         source = self._noise(noise, seed, len(prompts), frames, (self.transformer.config.in_channels, *size))
         return VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
+
+    def load_stream(self, path: str | Path) -> VideoStream:
+        """Go on with a stream that `VideoStream.save` has written.
+
+        Raises:
+            UserError: the file is damaged, or was saved from another model.
+        """
+        return load_stream(self, path)
 
     def _method(self, method: str | Method | None, overrides: Mapping[str, Any] | None) -> Method:
         chosen = method if isinstance(method, Method) else load_method(method or self.config.method)

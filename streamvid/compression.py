@@ -6,10 +6,12 @@ which slots and how many; here it is decided which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
+from streamvid.saving import copy_into
 from streamvid.window import BlockPlan, WindowOptions
 
 
@@ -68,6 +70,21 @@ class TokenLedger:
         else:
             self.queries_before.copy_(self.queries)
         self.begun = plan.block
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.ids.fill_(-1)
+        for tensor in (self.uses, self.queries, self.queries_before):
+            tensor.zero_()
+        self.begun = None
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("ids", "uses", "queries", "queries_before")
+        return {"tensors": {name: getattr(self, name) for name in names}, "begun": self.begun}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        copy_into(vars(self), state["tensors"])
+        self.begun = state["begun"]
 
     def remember(self, layer: int, q_BLHD: torch.Tensor) -> None:
         """The tail of this forward's queries, rotated, counts at the next compression."""

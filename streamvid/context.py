@@ -7,8 +7,8 @@ never a copy. The block being denoised writes into the slots it will own and att
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,10 @@ from streamvid.compression import TokenLedger
 from streamvid.kernels.attention import attention_backend
 from streamvid.kv_storage import QuantisedKV
 from streamvid.rope import Rotation, rotate, rotation, temporal_frequencies
+from streamvid.saving import copy_into, map_tensors
 from streamvid.window import BlockPlan, WindowOptions, WindowPlanner, WindowSlot
 
 SINK_PRECISIONS = ("float32", "native")
-
-
-class CacheSnapshot(NamedTuple):
-    """Keys, values and the sink's state, the window and the rotations at one moment."""
-
-    tensors: tuple[torch.Tensor, ...]
-    planner: WindowPlanner
-    rotated_at: dict[int, float]
-    fused_for: int | None
-    fused_latents: dict[int, torch.Tensor]
-    places: dict[int, int]
 
 
 class ContextCache:
@@ -347,7 +337,7 @@ class ContextCache:
             self.sink_values, self.fused_values = self.fused_values, self.sink_values
             for rank, latents in self._fused_latents.items():
                 self.sink_latents[:, rank] = latents
-            self._fused_for = None
+            self._fused_for, self._fused_latents = None, {}
         if self.ledger is not None and self.spare is not None:
             if plan.compressed_from:
                 (self.keys, self.values), self.spare = self.spare, (self.keys, self.values)
@@ -376,40 +366,71 @@ class ContextCache:
             sink = frames[: self.options.sink]
             self.sink_latents[:, : len(sink)] = self.latents[:, [f % self.options.window for f in sink]]
 
-    def snapshot(self) -> CacheSnapshot:
-        """A copy of everything a prompt switch may change. Not for the steady state: it clones the window."""
-        tensors = tuple(t.clone() for t in self._state())
-        places = {} if self.quantised is None else dict(self.quantised.place)
-        return CacheSnapshot(
-            tensors,
-            self.planner.copy(),
-            dict(self.rotated_at),
-            self._fused_for,
-            dict(self._fused_latents),
-            places,
-        )
+    def clear(self) -> None:
+        """Back to the beginning: an empty window, block 0."""
+        self.planner = WindowPlanner(self.options)
+        self.rotated_at = {}
+        self._fused_for, self._fused_latents = None, {}
+        for part in (self.ledger, self.quantised):
+            if part is not None:
+                part.clear()
 
-    def _state(self) -> tuple[torch.Tensor, ...]:
-        own = (self.keys, self.values, self.raw_keys, self.sink_values, self.sink_latents)
-        # a block that failed has overwritten what it fused
-        fused = (self.fused_keys, self.fused_values) if self.options.fuse else ()
-        quantised = () if self.quantised is None else self.quantised.tensors
-        return (
-            *own,
-            *fused,
-            *quantised,
-            *((self.ledger.ids, self.ledger.uses) if self.ledger is not None else ()),
-        )
+    def state_dict(self, compact: bool = False) -> dict[str, Any]:
+        """All that outlives a block (streamvid.saving).
 
-    def restore(self, snapshot: CacheSnapshot) -> None:
-        """Go back to a snapshot."""
-        for own, saved in zip(self._state(), snapshot.tensors, strict=True):
-            own.copy_(saved)
-        self.planner = snapshot.planner.copy()
-        self.rotated_at = dict(snapshot.rotated_at)
-        self._fused_for, self._fused_latents = snapshot.fused_for, dict(snapshot.fused_latents)
-        if self.quantised is not None:
-            self.quantised.place = dict(snapshot.places)
+        A `compact` state leaves out what can be made anew from clean latents, to be loaded with `rebuild`: keys and values
+        but those of a sink of averages.
+        """
+        names = ["latents", "sink_latents"]
+        if self.options.fuse:
+            names += ["raw_keys", "sink_values"]
+        fused_for = None if compact else self._fused_for
+        if not compact:
+            names += ["keys", "values"] + ["raw_keys"] * (not self.options.fuse)
+            # a block that failed has overwritten what it fused
+            names += ["fused_keys", "fused_values"] * (fused_for is not None)
+        return {
+            "tensors": {name: getattr(self, name) for name in names},
+            "planner": self.planner.state_dict(),
+            "rotated_at": dict(self.rotated_at),
+            "fused_for": fused_for,
+            "fused_latents": dict(self._fused_latents) if fused_for is not None else {},
+            "ledger": None if compact or self.ledger is None else self.ledger.state_dict(),
+            "quantised": None if compact or self.quantised is None else self.quantised.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        copy_into(vars(self), state["tensors"])
+        self.planner.load_state_dict(state["planner"])
+        self.rotated_at = dict(state["rotated_at"])
+        self._fused_for, self._fused_latents = state["fused_for"], dict(state["fused_latents"])
+        for part, saved in ((self.ledger, state["ledger"]), (self.quantised, state["quantised"])):
+            if part is not None and saved is not None:
+                part.load_state_dict(saved)
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of the state, to go back to by `load_state_dict`. Not for the steady state: it clones the window."""
+        return map_tensors(self.state_dict(), torch.clone)
+
+    def rebuild(self, replay: Callable[[BlockPlan], None]) -> None:
+        """After a compact state was loaded: write the window anew from clean latents, as a recache that rewrites the sink.
+
+        What is gone: single tokens that a compression kept of older frames (the latest whole frames stand in for them),
+        pinned frames that have left the window, and the prompts that older keys were written under.
+        """
+        self.planner.keep_whole_frames()
+        if self.ledger is not None:
+            self.ledger.reanchor(self.planner.live_frames)
+        for plan in self.planner.replay(with_sink=not self.options.fuse):
+            self.begin(plan)
+            replay(plan)
+        self.rotated_at = {frame: self.rotated_at[frame] for frame in self.planner.slot_of}
+
+    def latest_latents(self) -> torch.Tensor:
+        """Clean latents `[B, C, F, H, W]` of the scene's last frames, as many as a window holds."""
+        return self.latents[
+            :, [frame % self.options.window for frame in self.planner.latest_frames]
+        ].transpose(1, 2)
 
     def stored(
         self, layer: int, frames: Sequence[int], rotated: bool = True

@@ -1,10 +1,11 @@
-"""What a stream tells those who steer it: receipts of prompts, and its state as plain values."""
+"""What passes between a stream and those who steer it: what is asked for, receipts of prompts, the state as plain values."""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PENDING, APPLIED, REPLACED, DROPPED = "pending", "applied", "replaced", "dropped"
@@ -48,6 +49,88 @@ class Receipt:
         if self.status == PENDING:
             self.status = status
             self._settled.set()
+
+
+@dataclass(frozen=True)
+class PromptChange:
+    """A prompt to switch to at the next block."""
+
+    prompts: tuple[str, ...]
+    policy: str | None = None
+    seed: int | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Restart:
+    """Block 0 comes next; None leaves the noise its seed."""
+
+    seed: int | None
+
+
+class Mailbox:
+    """What was asked of a stream, from any thread, until a block that takes it up is finished.
+
+    Attributes:
+        pending: the latest prompt with its receipt; restart: the latest reset.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.pending: tuple[PromptChange, Receipt] | None = None
+        self.restart: Restart | None = None
+        self._taken: tuple[tuple[PromptChange, Receipt] | None, Restart | None] = None, None
+
+    def prompt(self, change: PromptChange) -> Receipt:
+        """Ask for a prompt; one that no block has taken up yet is replaced."""
+        receipt = Receipt(change.prompts, change.policy)
+        with self._lock:
+            self._forget(REPLACED)
+            self.pending = change, receipt
+        return receipt
+
+    def take(self) -> tuple[PromptChange | None, Restart | None]:
+        """For a block that begins: what it shall be made with."""
+        with self._lock:
+            self._taken = self.pending, self.restart
+        return self.pending and self.pending[0], self.restart
+
+    def applied(self, chunk: int, media_time: float) -> None:
+        """The block is finished; what came meanwhile is for the next."""
+        with self._lock:
+            (prompt, restart), self._taken = self._taken, (None, None)
+            if prompt is not None:
+                prompt[1].apply(chunk, media_time)
+                self.pending = None if self.pending is prompt else self.pending
+            self.restart = None if self.restart is restart else self.restart
+
+    def failed(self) -> None:
+        """The block failed: what it had taken still waits, unless a later prompt came meanwhile."""
+        with self._lock:
+            (prompt, _), self._taken = self._taken, (None, None)
+            if prompt is not None and prompt is not self.pending:
+                prompt[1].give_up(REPLACED)
+
+    def drop(self) -> None:
+        """The stream is over: what no block has taken up yet will not be applied."""
+        with self._lock:
+            self._forget(DROPPED)
+
+    def _forget(self, status: str) -> None:
+        if self.pending is not None and self.pending is not self._taken[0]:
+            self.pending[1].give_up(status)
+            self.pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        with self._lock:
+            prompt, restart = self.pending and vars(self.pending[0]), self.restart and vars(self.restart)
+            return {"prompt": prompt, "restart": restart}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Ask for the same, with a receipt of its own."""
+        if state["prompt"] is not None:
+            self.prompt(PromptChange(**state["prompt"]))
+        self.restart = None if state["restart"] is None else Restart(**state["restart"])
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ by chunk gives the very frames of one `vae.decode` call (bit for bit in float32)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,12 @@ class VaeState:
     def fork(self) -> VaeState:
         """An independent continuation. Cached tensors are replaced, never written to, so they are shared."""
         return VaeState(copy(self.features), self.started)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"features": copy(self.features), "started": self.started}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.features, self.started = copy(state["features"]), state["started"]
 
 
 def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:

@@ -16,12 +16,13 @@ forward: memory is saved, time is not. Keys are stored rotated, as everywhere he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from streamvid.errors import UserError
+from streamvid.saving import copy_into
 
 Parts = tuple[torch.Tensor, ...]
 
@@ -127,17 +128,29 @@ class QuantisedKV:
             2, layers, batch, sink + recent, tokens, heads, dim, dtype=dtype, device=device
         )
         self.scratch = torch.zeros(2, batch, slots, tokens, heads, dim, dtype=dtype, device=device)
-        self.place = {slot: slot for slot in range(sink)}  # slot -> where it is in `full`
         self.sink = sink
+        self.place: dict[int, int]  # slot -> where it is in `full`
+        self.clear()
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What a snapshot has to keep, beside `place`."""
-        return self.full, *self.parts[0], *self.parts[1]
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        parts = {f"parts.{i}.{n}": part for i, both in enumerate(self.parts) for n, part in enumerate(both)}
+        return {"full": self.full, **parts}
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.tensors, self.scratch))
+        return sum(t.numel() * t.element_size() for t in (*self._tensors.values(), self.scratch))
+
+    def clear(self) -> None:
+        """No slot but those of the sink is in full precision."""
+        self.place = {slot: slot for slot in range(self.sink)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensors": self._tensors, "place": dict(self.place)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        copy_into(self._tensors, state["tensors"])
+        self.place = dict(state["place"])
 
     def begin(self, own: Sequence[int], live: Sequence[int]) -> None:
         """A block is about to write the slots `own`; `live` ones are finished and attended."""

@@ -9,7 +9,8 @@ noise. `ReferenceNoise` draws in the order of the releases, for parity. `correla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,17 +38,26 @@ class SeededNoise:
             draws.append(torch.randn(channels, frames, height, width, generator=generator))
         return torch.stack(draws)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"seeds": self.seeds, "frame_shape": self.frame_shape}
+
 
 class ReferenceNoise:
     """The releases' order: the whole clip's noise first, then one draw per block and step, all from one generator.
 
-    The clip's length must be known and blocks come in order; nothing can be resumed or forked. A block whose draws were
-    made before (a retry) gets them again.
+    The clip's length must be known and blocks come in order; the generator's state is part of the stream's. A block whose
+    draws were made before (a retry) gets them again.
     """
 
     def __init__(self, seed: int, batch: int, frames: int, frame_shape: tuple[int, int, int], device="cpu"):
         channels, height, width = frame_shape
-        self.frame_shape, self.batch, self.device = frame_shape, batch, device
+        self.seed, self.batch, self.frames, self.frame_shape, self.device = (
+            seed,
+            batch,
+            frames,
+            frame_shape,
+            device,
+        )
         self.generator = torch.Generator(device).manual_seed(seed)
         self.clip = torch.randn(
             batch, frames, channels, height, width, generator=self.generator, device=device
@@ -67,6 +77,33 @@ class ReferenceNoise:
             )
             self.drawn[block, step] = draw.unflatten(0, (self.batch, frames)).transpose(1, 2)
         return self.drawn[block, step]
+
+    def state_dict(self) -> dict[str, Any]:
+        origin = (self.seed, self.batch, self.frames, self.frame_shape)
+        drawn, first_frame = dict(self.drawn), dict(self.first_frame)
+        return {
+            "origin": origin,
+            "generator": self.generator.get_state(),
+            "drawn": drawn,
+            "first_frame": first_frame,
+        }
+
+
+def noise_state(noise: NoiseSource) -> Any:
+    """What `noise_from` makes an equal source of. A function of the caller's is handed on as it is."""
+    return noise.state_dict() if isinstance(noise, (SeededNoise, ReferenceNoise)) else noise
+
+
+def noise_from(state: Any, device: torch.device | str = "cpu") -> NoiseSource:
+    """The source that goes on from a `noise_state`."""
+    if not isinstance(state, Mapping):
+        return state
+    if "seeds" in state:
+        return SeededNoise(state["seeds"], state["frame_shape"])
+    noise = ReferenceNoise(*state["origin"], device)
+    noise.generator.set_state(state["generator"].cpu())
+    noise.drawn, noise.first_frame = dict(state["drawn"]), dict(state["first_frame"])
+    return noise
 
 
 def correlated(noise: NoiseSource, correlation: float) -> NoiseSource:

@@ -15,9 +15,9 @@ block of the few_step sampler gets from one level to the next is the solver's: `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -152,6 +152,12 @@ class Sampler(Protocol):
         """The block is finished."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the next block needs of the last one (streamvid.saving)."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
 
 @dataclass
 class FewStepSampler:
@@ -197,6 +203,12 @@ class FewStepSampler:
         return plan
 
     def commit(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
 
 
@@ -280,6 +292,12 @@ class RollingSampler:
 
     def commit(self) -> None:
         self.joint = self._next
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"joint": dict(self.joint)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.joint = dict(state["joint"])
 
 
 SAMPLERS = ("few_step", "rolling")

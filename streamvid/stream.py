@@ -5,77 +5,47 @@
         show(chunk.frames)
         stream.prompt("night falls")        # takes effect at the next block
 
+    other = stream.fork()                   # goes on from the same moment, independently
+    stream.save("fox.stream")               # pipe.load_stream("fox.stream") goes on from there, in another process
+
 A chunk commits whole or not at all: an exception leaves the stream at the previous chunk, and `next` tries again.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from streamvid.context import CacheSnapshot, ContextCache
-from streamvid.control import DROPPED, REPLACED, Receipt, StreamState
+from streamvid.chunk import Chunk, Clock
+from streamvid.context import ContextCache
+from streamvid.control import Mailbox, PromptChange, Receipt, Restart, StreamState
 from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.errors import UserError
 from streamvid.methods import SHOT_OPTION_NAMES, Method
-from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise, correlated
+from streamvid.noise import (
+    NoiseSource,
+    ReferenceNoise,
+    SeededNoise,
+    correlated,
+    noise_from,
+    noise_state,
+)
 from streamvid.sampler import BlockInputs
+from streamvid.saving import options_of, save_stream
+from streamvid.script import Timeline, TimelineShot
 from streamvid.switching import SwitchPolicy, switch_policy
 from streamvid.transformer import PromptKV
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
-    from streamvid.script import Timeline, TimelineShot
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The pixel frames of one block.
-
-    Attributes:
-        index: block number, from 0.
-        videos: uint8 `[B, T, H, W, 3]`, one video per batch element.
-        latents: clean latents `[B, C, F, H, W]`, normalised.
-        first_frame, media_time: of the chunk's first pixel frame, counted from the start of the stream, in frames and s.
-        prompt: what the block was made with (the first of a batch).
-        timings: seconds spent per stage: switch, denoise, context, decode, total.
-        events: what happened before the block, e.g. `switch:recache`.
-        attended: latent frames of the block's window.
-        new_scene: whether the chunk begins a video of its own (after a cut).
-    """
-
-    index: int
-    videos: np.ndarray
-    latents: torch.Tensor
-    first_frame: int
-    media_time: float
-    prompt: str
-    timings: Mapping[str, float]
-    events: tuple[str, ...] = ()
-    attended: tuple[int, ...] = ()
-    new_scene: bool = False
-
-    @property
-    def frames(self) -> np.ndarray:
-        """Frames of the first video, uint8 `[T, H, W, 3]`."""
-        return self.videos[0]
-
-
-@dataclass(frozen=True)
-class PromptChange:
-    """A prompt to switch to at the next block."""
-
-    prompts: tuple[str, ...]
-    policy: str | None = None
-    seed: int | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 class VideoStream:
@@ -116,34 +86,36 @@ class VideoStream:
         lengths = [n for n in (blocks, timeline.blocks if timeline is not None else None) if n is not None]
         self.blocks = min(lengths, default=None)
         config = pipe.transformer.config
+        self.latent_size, self.attention, self.decode_pixels = latent_size, attention, decode_pixels
         self.steps = self._steps(method.denoising_steps)
         self.sampler = method.new_sampler()
-        self.cache = ContextCache(
-            method.window_options(levels=len(self.steps)),
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            grid=pipe.transformer.token_grid(*latent_size),
-            latent_shape=(config.in_channels, *latent_size),
-            batch=len(first.prompts),
-            dtype=pipe.transformer.dtype,
-            device=pipe.transformer.device,
-            attention=attention,
-            **method.cache_options(),
-        )
+        with _plain_tensors():
+            self.cache = ContextCache(
+                method.window_options(levels=len(self.steps)),
+                layers=config.num_layers,
+                heads=config.num_attention_heads,
+                head_dim=config.attention_head_dim,
+                grid=pipe.transformer.token_grid(*latent_size),
+                latent_shape=(config.in_channels, *latent_size),
+                batch=len(first.prompts),
+                dtype=pipe.transformer.dtype,
+                device=pipe.transformer.device,
+                attention=attention,
+                **method.cache_options(),
+            )
         self.block = 0
         self.frames_shown = 0
-        self.decode_pixels = decode_pixels
         self.decoder: VaeState = decoder_state(pipe.decoder)
         self.noise = noise
+        self.origin = noise_state(noise)  # where a reset goes back to
         self.current = first
         self.blend: _Blend | None = None
         self._prompt_kv: tuple[tuple[str, ...], torch.Tensor, PromptKV] | None = None
-        self._pending: tuple[PromptChange, Receipt] | None = None
-        self._taken: tuple[PromptChange, Receipt] | None = None  # by the block in the making
+        self.mailbox = Mailbox()
         self._running = threading.Event()  # not while paused
         self._running.set()
-        self._lock = threading.Lock()
+        self._making = threading.RLock()  # held while a block is made
+        self._busy = False
         self._closed = False
         for shot in (
             timeline.shots if timeline is not None else ()
@@ -173,17 +145,47 @@ class VideoStream:
             prompts = prompts * videos
         if policy is not None:
             switch_policy(policy)
-        receipt = Receipt(prompts, policy)
-        with self._lock:
-            self._forget_pending(REPLACED)
-            self._pending = PromptChange(prompts, policy), receipt
-            if self._ended:
-                self._forget_pending(DROPPED)
+        receipt = self.mailbox.prompt(PromptChange(prompts, policy))
+        if self._ended:
+            self.mailbox.drop()
         return receipt
 
     def cut(self, text: str | list[str] | None = None) -> Receipt:
         """Begin a new scene at the next block, under another prompt or the current one."""
         return self.prompt(list(self.current.prompts) if text is None else text, "cut")
+
+    def reset(self, seed: int | None = None) -> None:
+        """Start again from block 0 at the next block, under the current prompt; thread-safe, also after the stream's end.
+
+        A script starts again with its first shot. The noise is that of the first time, or of `seed`.
+        """
+        if seed is not None:
+            if not isinstance(seed, int) or seed < 0:
+                raise UserError(f"seed = {seed} must be a whole number from 0")
+            if not isinstance(self.noise, SeededNoise):
+                raise UserError("seed of a reset needs noise = seeded: leave it out")
+        self.mailbox.restart = Restart(seed)
+
+    def fork(self) -> VideoStream:
+        """An independent continuation from the latest chunk, with its own copy of all state; thread-safe.
+
+        What was asked for and has not been applied yet is asked of both. A noise function of the caller's is shared.
+        """
+        with self.between_chunks(), _plain_tensors():
+            twin = VideoStream.from_settings(self.pipe, self.settings())
+            twin.load_state_dict(self.state_dict())
+            twin.mailbox.load_state_dict(self.mailbox.state_dict())
+        return twin
+
+    def save(self, path: str | Path, mode: str = "exact") -> Path:
+        """Write the stream to a file, which `StreamVidPipeline.load_stream` goes on from; thread-safe, atomic.
+
+        Args:
+            mode: `exact` goes on bit for bit, with the same model on the same device; the file holds keys, values and the
+                decoder's memory. `compact` holds clean latents, sinks of averages, noise and script, and the rest is made
+                anew from them on load: the video goes on in the same scene, not bit for bit (`ContextCache.rebuild`).
+        """
+        return save_stream(self, path, mode)
 
     def pause(self) -> None:
         """`next` waits from the next block on, until `resume` or `close`; thread-safe."""
@@ -197,12 +199,11 @@ class VideoStream:
         """End the stream: `next` raises StopIteration from now on, also one that waits in a pause."""
         self._closed = True
         self._running.set()
-        with self._lock:
-            self._forget_pending(DROPPED)
+        self.mailbox.drop()
 
     def state(self) -> StreamState:
         """Where the stream is."""
-        pending = self._pending
+        pending = self.mailbox.pending
         return StreamState(
             self.block,
             self.frames_shown / self.fps,
@@ -217,48 +218,50 @@ class VideoStream:
 
     @property
     def _ended(self) -> bool:
-        return self._closed or (self.blocks is not None and self.block >= self.blocks)
-
-    def _forget_pending(self, status: str) -> None:
-        """What no block has taken up yet will not be applied."""
-        if self._pending is not None and self._pending is not self._taken:
-            self._pending[1].give_up(status)
-            self._pending = None
+        over = self.blocks is not None and self.block >= self.blocks and self.mailbox.restart is None
+        return self._closed or over
 
     def __next__(self) -> Chunk:
         self._running.wait()
-        if self._ended:
-            with self._lock:
-                self._forget_pending(DROPPED)
-            raise StopIteration
-        undo = _Undo()
+        with self.between_chunks(), _plain_tensors():
+            if self._ended:
+                self.mailbox.drop()
+                raise StopIteration
+            self._busy = True
+            try:
+                return self._whole_chunk()
+            finally:
+                self._busy = False
+
+    def _whole_chunk(self) -> Chunk:
+        undo: list[Callable[[], None]] = []
         try:
             return self._next_chunk(undo)
         except BaseException:
-            if undo.snapshot is not None:
-                self.cache.restore(undo.snapshot)
-            with self._lock:
-                taken, self._taken = self._taken, None
-                if taken is not None and taken is not self._pending:  # a later prompt came meanwhile
-                    taken[1].give_up(REPLACED)
+            for back in undo[::-1]:
+                back()
+            self.mailbox.failed()
             raise
 
-    @torch.no_grad()
-    def _next_chunk(self, undo: _Undo) -> Chunk:
-        clock = _Clock()
-        with self._lock:
-            pending = self._taken = self._pending
-        change = self._change(None if pending is None else pending[0])
+    def _next_chunk(self, undo: list[Callable[[], None]]) -> Chunk:
+        """Make a block and commit it. `undo` takes what brings back what was changed before the commit."""
+        clock = Clock()
+        pending, restart = self.mailbox.take()
         events: tuple[str, ...] = ()
+        if restart is not None:
+            undo.append(partial(self.load_state_dict, {**self.state_dict(), "cache": self.cache.snapshot()}))
+            self._begin_again(restart)
+            events = ("reset",)
+        change = self._change(pending)
         with clock.stage("switch"):
-            state = self._after(change)
+            state = replace(self._after(change), new_scene=restart is not None)
             prompt_kv = self._prompt_keys(state)
             if change is not None and self.block > 0:
                 name = change.policy or self.method.transition
                 policy = switch_policy(name)
-                undo.snapshot = self.cache.snapshot()
+                undo.append(partial(self.cache.load_state_dict, self.cache.snapshot()))
                 policy.apply(self.cache, lambda plan: self._context_pass(plan, prompt_kv))
-                events = (f"switch:{name}",)
+                events = (*events, f"switch:{name}")
                 if policy.restarts_decoder:
                     state = replace(state, decoder=decoder_state(self.pipe.decoder), new_scene=True)
         inputs = self._inputs(state, prompt_kv)
@@ -290,12 +293,109 @@ class VideoStream:
         self.blend = state.blend
         self.block += 1
         self.frames_shown += shown
-        with self._lock:
-            if pending is not None:  # one that came meanwhile is for the next block
-                pending[1].apply(chunk.index, chunk.media_time)
-                self._pending = None if self._pending is pending else self._pending
-            self._taken = None
+        self.mailbox.applied(chunk.index, chunk.media_time)
         return chunk
+
+    def _begin_again(self, restart: Restart) -> None:
+        """Block 0 comes next, under the current prompt."""
+        self.noise = noise_from(self.origin, self.pipe.transformer.device)
+        if restart.seed is not None and isinstance(self.noise, SeededNoise):
+            seeds = [restart.seed + i for i in range(len(self.current.prompts))]
+            self.noise = SeededNoise(seeds, self.noise.frame_shape)
+            self.origin = noise_state(self.noise)
+        self.cache.clear()
+        self.sampler = self.method.new_sampler()
+        self.decoder = decoder_state(self.pipe.decoder)
+        self.steps = self._steps(self.method.denoising_steps)
+        self.block, self.frames_shown, self.blend = 0, 0, None
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def between_chunks(self) -> Iterator[None]:
+        """Wait until no block is in the making, and let none begin meanwhile."""
+        with self._making:
+            if self._busy:
+                raise UserError(
+                    "stream cannot be forked or saved from within one of its blocks: do it between two chunks"
+                )
+            yield
+
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` makes such a stream of, at its beginning, with the same pipeline."""
+        timeline = self.timeline
+        return {
+            "method": options_of(self.method),
+            "first": options_of(self.current),
+            "latent_size": self.latent_size,
+            "noise": noise_state(self.noise),
+            "fps": self.fps,
+            "timeline": timeline
+            and {**options_of(timeline), "shots": [options_of(s) for s in timeline.shots]},
+            "blocks": self.blocks,
+            "attention": self.attention,
+            "decode_pixels": self.decode_pixels,
+        }
+
+    @classmethod
+    def from_settings(cls, pipe: StreamVidPipeline, settings: Mapping[str, Any]) -> VideoStream:
+        """A stream at its beginning."""
+        timeline = settings["timeline"]
+        if timeline is not None:
+            shots = tuple(TimelineShot(**shot) for shot in timeline["shots"])
+            timeline = Timeline(**{**timeline, "shots": shots})
+        return cls(
+            pipe,
+            Method(**settings["method"]),
+            PromptChange(**settings["first"]),
+            settings["latent_size"],
+            noise_from(settings["noise"], pipe.transformer.device),
+            settings["fps"],
+            timeline,
+            settings["blocks"],
+            settings["attention"],
+            settings["decode_pixels"],
+        )
+
+    def state_dict(self, compact: bool = False) -> dict[str, Any]:
+        """Everything that a block changes (streamvid.saving); `compact`: that cannot be made anew from clean latents."""
+        blend = self.blend
+        return {
+            "block": self.block,
+            "frames_shown": self.frames_shown,
+            "current": options_of(self.current),
+            "steps": self.steps,
+            "noise": noise_state(self.noise),
+            "origin": self.origin,
+            "blend": blend and {"old": blend.old, "new": blend.new, "start": blend.start},
+            "cache": self.cache.state_dict(compact),
+            "sampler": self.sampler.state_dict(),
+            "decoder": None if compact else self.decoder.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of a stream with the same settings."""
+        with _plain_tensors():
+            self.block, self.frames_shown, self.steps = state["block"], state["frames_shown"], state["steps"]
+            self.current = PromptChange(**state["current"])
+            self.noise = noise_from(state["noise"], self.pipe.transformer.device)
+            self.origin = state["origin"]
+            policy = switch_policy(self.current.policy or self.method.transition)
+            self.blend = None if state["blend"] is None else _Blend(**state["blend"], policy=policy)
+            self.cache.load_state_dict(state["cache"])
+            self.sampler.load_state_dict(state["sampler"])
+            self.decoder = decoder_state(self.pipe.decoder)
+            if state["decoder"] is not None:
+                self.decoder.load_state_dict(state["decoder"])
+            elif self.block > 0:
+                self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Keys, values and the decoder's memory, from the clean latents of a compact state."""
+        prompt_kv = self.pipe.transformer.prompt_kv(self._told())
+        self.cache.rebuild(lambda plan: self._context_pass(plan, prompt_kv))
+        for latents in self.cache.latest_latents().split(self.method.frames_per_block, 2):
+            self._pixels(latents, self.decoder)
 
     # --- parts of a block -------------------------------------------------------------------------------------------
 
@@ -431,25 +531,8 @@ class _Blend:
         return self.new if share >= 1 else self.policy.mix(self.old, self.new, share)
 
 
-@dataclass
-class _Undo:
-    """The cache before a prompt switch touched it, to go back to if the block fails."""
-
-    snapshot: CacheSnapshot | None = None
-
-
-class _Clock:
-    """Seconds per stage of one chunk."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """No gradients, and no tensors that only `torch.inference_mode` may write to, whatever the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
         yield
-        self.seconds[name] = time.perf_counter() - began
-
-    def read(self) -> dict[str, float]:
-        return {**self.seconds, "total": time.perf_counter() - self.began}

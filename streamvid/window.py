@@ -11,10 +11,10 @@ is the business of streamvid.context.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from copy import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 from streamvid.errors import UserError
 from streamvid.positions import POSITIONS, View
@@ -334,9 +334,28 @@ class WindowPlanner:
         self.pinned = tuple(frame for frame in self._split(frames)[1] if frame in self.slot_of)
 
     def copy(self) -> WindowPlanner:
-        twin = copy(self)
-        twin.slot_of = dict(self.slot_of)
+        twin = WindowPlanner(self.options)
+        twin.load_state_dict(self.state_dict())
         return twin
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the options (streamvid.saving)."""
+        return {**vars(self), "options": None, "slot_of": dict(self.slot_of)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state, options=self.options, slot_of=dict(state["slot_of"]))
+
+    def keep_whole_frames(self) -> None:
+        """Keep only frames whose clean latents are kept, their keys have yet to be written: the latest frames stand in for
+        compressed tokens, nothing for old pinned frames."""
+        sink, _, recent = self._replayed()
+        if self.compressed:
+            latest = [frame for frame in self.latest_frames if frame not in sink]
+            recent = latest[max(0, len(sink) + len(latest) - self.options.window) :]
+        slots = range(self.options.slots) if self.options.budget else map(self.slot_of.get, [*sink, *recent])
+        self.slot_of = dict(zip([*sink, *recent], slots, strict=False))
+        self.compressed = ()
+        self._pin(self.pinned)
 
     def start_scene(self) -> None:
         """Forget the window: the next block is the first of a new scene and brings the new sink."""

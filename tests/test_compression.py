@@ -213,7 +213,7 @@ def test_a_new_anchor_makes_all_tokens_new():
     ids, uses = ledger_of(cache)
     assert uses.max() == 0 and cache.planner.compressed == ()
     assert ids[0, 0].tolist() == list(range(9 * PER_FRAME, 18 * PER_FRAME))  # of the last nine frames
-    cache.restore(snapshot)
+    cache.load_state_dict(snapshot)
     assert all(map(torch.equal, ledger_of(cache), before))
 
 

@@ -193,7 +193,7 @@ class Direct:
         snapshot, raw = self.cache.snapshot(), dict(self.literal.raw)
         self.switch(name)
         self.block(fails=True)
-        self.cache.restore(snapshot)
+        self.cache.load_state_dict(snapshot)
         self.literal.raw = raw
 
 
@@ -317,7 +317,7 @@ def test_a_block_that_begins_again_fuses_once(between):
         if between == "undone" and fails:
             snapshot = cache.snapshot()
             feed(cache, keys[8], keys[7], commit=False)
-            cache.restore(snapshot)
+            cache.load_state_dict(snapshot)
         elif between not in (None, "undone"):
 
             def replay(plan, cache=cache):
@@ -564,7 +564,7 @@ def test_restore_goes_back_to_the_snapshot(options):
     snapshot, pointer = cache.snapshot(), cache.keys.data_ptr()
     expected = tiny.run_blocks(cache, noisy, clean)
     for _ in range(2):
-        cache.restore(snapshot)
+        cache.load_state_dict(snapshot)
         # latents are part of no switch, so that a snapshot need not hold them
         assert torch.equal(tiny.run_blocks(cache, noisy, clean), expected)
     assert cache.keys.data_ptr() == pointer

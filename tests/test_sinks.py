@@ -146,7 +146,7 @@ def test_a_block_that_fails_changes_nothing(kind, between):
             snapshot = cache.snapshot()
             cache.reanchor()  # another window evicts other frames
             feed(cache, 5 * keys, latents, commit=False)
-            cache.restore(snapshot)
+            cache.load_state_dict(snapshot)
         elif between not in (None, "undone"):
 
             def replay(plan, cache=cache):
