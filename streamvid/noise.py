@@ -79,7 +79,12 @@ class ReferenceNoise:
         return self.drawn[block, step]
 
     def state_dict(self) -> dict[str, Any]:
-        origin = (self.seed, self.batch, self.frames, self.frame_shape)
+        origin = {
+            "seed": self.seed,
+            "batch": self.batch,
+            "frames": self.frames,
+            "frame_shape": self.frame_shape,
+        }
         drawn, first_frame = dict(self.drawn), dict(self.first_frame)
         return {
             "origin": origin,
@@ -100,7 +105,7 @@ def noise_from(state: Any, device: torch.device | str = "cpu") -> NoiseSource:
         return state
     if "seeds" in state:
         return SeededNoise(state["seeds"], state["frame_shape"])
-    noise = ReferenceNoise(*state["origin"], device)
+    noise = ReferenceNoise(**state["origin"], device=device)
     noise.generator.set_state(state["generator"].cpu())
     noise.drawn, noise.first_frame = dict(state["drawn"]), dict(state["first_frame"])
     return noise

@@ -167,7 +167,7 @@ def _pack(tree: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
         return tree
     if isinstance(tree, torch.Tensor):
         # a convolution may round differently where the layout in memory differs
-        order = sorted(range(tree.ndim), key=lambda axis: -tree.stride(axis))
+        order = sorted(range(tree.ndim), key=lambda axis: -tree.stride()[axis])
         tensors[name] = tree.detach().permute(order).cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name, "order": order}
     inside = f"{name}." if name else ""
@@ -204,7 +204,7 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> int:
     """CRC-32 of everything in the file."""
     checksum = zlib.crc32(text.encode())
     for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, checksum)
     return checksum
 
 

@@ -352,8 +352,10 @@ class WindowPlanner:
         if self.compressed:
             latest = [frame for frame in self.latest_frames if frame not in sink]
             recent = latest[max(0, len(sink) + len(latest) - self.options.window) :]
-        slots = range(self.options.slots) if self.options.budget else map(self.slot_of.get, [*sink, *recent])
-        self.slot_of = dict(zip([*sink, *recent], slots, strict=False))
+        frames, old = [*sink, *recent], self.slot_of
+        self.slot_of = {
+            frame: rank if self.options.budget else old[frame] for rank, frame in enumerate(frames)
+        }
         self.compressed = ()
         self._pin(self.pinned)
 
