@@ -76,7 +76,8 @@ def go_on(stream) -> list:
 SCRATCH = {
     "VideoStream": {"pipe", "_running", "_making", "_prompt_kv"},
     "Mailbox": {"_lock", "_taken"},
-    "ContextCache": {"_own", "_rotation", "_length", "_mask", "_raw_tokens", "_plan", "_compressed_layers", "spare",
+    "ContextCache": {"_own", "_rotation", "_length", "_mask", "_raw_tokens", "_plan", "_begun", "_frozen_runs",
+                     "_query_rotation", "_key_scale", "spare",
                      "fused_keys", "fused_values", "sink_update", "attention"},
     "TokenLedger": {"spare_ids", "spare_uses", "scores", "selected"},
     "QuantisedKV": {"scratch", "codecs"},
