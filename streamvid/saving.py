@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 MODES = ("exact", "compact")
 FORMAT = "streamvid-stream-1"
+PARTS = (  # what an exact continuation needs to be the same
+    ("dtype", "in another precision"),
+    ("decoder", "with another decoder"),
+    ("weights", "with other weights"),
+)
 
 
 def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
@@ -123,10 +128,10 @@ def _check_model(path: Path, tree: Mapping[str, Any], here: Mapping[str, Any]) -
                     "load it with the model that made it"
                 )
     if tree["mode"] == "exact":
-        for name, what in (("dtype", "in another precision"), ("weights", "with other weights")):
-            if there[name] != here[name]:
+        for name, what in PARTS:
+            if there.get(name) != here[name]:
                 raise UserError(
-                    f"stream file '{path}' was saved exactly and {what} ({there[name]}, here {here[name]}): "
+                    f"stream file '{path}' was saved exactly and {what} ({there.get(name)}, here {here[name]}): "
                     "load the same model, or save the stream with mode = 'compact'"
                 )
 
@@ -147,6 +152,7 @@ def _identity(pipe: StreamVidPipeline) -> dict[str, Any]:
         "transformer": {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")},
         "vae": {k: vae[k] for k in ("z_dim", "base_dim", "dim_mult", "temperal_downsample", "patch_size")},
         "dtype": str(pipe.transformer.dtype),
+        "decoder": type(pipe.decoder).__name__,
         "weights": digest.hexdigest()[:16],
     }
 
