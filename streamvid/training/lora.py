@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -52,11 +51,15 @@ def merged(model: CausalWanTransformer3DModel) -> CausalWanTransformer3DModel:
 
 
 def save_lora(model: CausalWanTransformer3DModel, path: Path) -> None:
-    """The adapter alone, in a form that `streamvid convert --lora` reads (for an alpha that is the rank)."""
+    """The adapter alone, in the form that `streamvid convert --lora` reads, whose alpha is the rank: B takes the scale."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        name.replace(".default.", "."): tensor.detach().contiguous().cpu().to(torch.float32)
-        for name, tensor in model.state_dict().items()
-        if ".lora_" in name
-    }
+    state = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (
+                getattr(module, kind)["default"].weight.detach().float().cpu()
+                for kind in ("lora_A", "lora_B")
+            )
+            state[f"{name}.lora_A.weight"] = a.contiguous()
+            state[f"{name}.lora_B.weight"] = b * module.scaling["default"]
     save_file(state, path)

@@ -27,6 +27,12 @@ def sharding_plugin(sharding: str) -> Any:
     )
 
 
+def make_contiguous(model: nn.Module) -> None:
+    """FSDP shards no weights in channels-last order, in which a VAE is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
 def gather_for_prompts(model: nn.Module) -> None:
     """Let the blocks of a sharded model also make a prompt's keys and values, which happens outside their forward."""
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method

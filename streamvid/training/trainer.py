@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType, send_to_device
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -29,7 +29,7 @@ from streamvid.training.logs import RunLog
 from streamvid.training.optimizers import build_optimizers, learning_rate_factor
 from streamvid.training.options import TrainerOptions
 from streamvid.training.samples import write_samples
-from streamvid.training.sharding import gather_for_prompts, sharding_plugin
+from streamvid.training.sharding import gather_for_prompts, make_contiguous, sharding_plugin
 from streamvid.training.stage import Stage
 
 __all__ = ["Stage", "Trainer", "TrainerOptions"]
@@ -73,6 +73,12 @@ class Trainer:
             if len(parts) > 1
             else None,
         )
+        if options.sharding == "fsdp2" and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise UserError(
+                "sharding = fsdp2 needs several GPUs: set trainer.sharding=ddp, or give --processes"
+            )
+        if options.sharding == "fsdp2":
+            make_contiguous(stage)
         stage.to(self.accelerator.device)
         self.stage = stage
         made = [self._optimizers(part, first=index == 0) for index, part in enumerate(parts.values())]

@@ -1,0 +1,68 @@
+"""FSDP2: the rollouts and losses of a sharded stage are those of a whole one (one process; no GPU is needed)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from streamvid.errors import UserError
+from streamvid.training.run import train
+from streamvid.training.self_forcing import SelfForcingStage
+from streamvid.training.sharding import gather_for_prompts, make_contiguous, sharding_plugin
+from streamvid.transformer import CausalWanBlock
+
+
+def gradients(stage: SelfForcingStage, phase: str) -> dict[str, torch.Tensor]:
+    for name, part in stage.parts().items():
+        part.requires_grad_(name == phase)
+    torch.manual_seed(0)
+    batch = stage.phase_batch(phase, 0, 0, 0)
+    torch.manual_seed(0)
+    loss, _ = stage(batch)
+    loss.backward()
+    found = {}
+    for name, parameter in stage.parts()[phase].named_parameters():
+        gradient = parameter.grad
+        found[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    stage.zero_grad()
+    return found
+
+
+def test_a_sharded_stage_has_the_gradients_of_a_whole_one(model_folder, prompt_file, tmp_path):
+    def build() -> SelfForcingStage:
+        model = {"folder": model_folder, "overrides": {"window": 9}}
+        return SelfForcingStage(model, prompt_file, rollout={"frames": 12, "supervised": 12}).train()
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        whole, sharded = build(), build()
+        make_contiguous(sharded)
+        mesh = init_device_mesh("cpu", (1,))
+        for module in sharded.modules():
+            if isinstance(module, CausalWanBlock):
+                fully_shard(module, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        gather_for_prompts(sharded)
+        for phase in ("generator", "critic"):
+            expected, found = gradients(whole, phase), gradients(sharded, phase)
+            for name, gradient in expected.items():
+                torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sharding_that_cannot_be_is_told(model_folder, prompt_file, tmp_path):
+    from pathlib import Path
+
+    assert sharding_plugin("ddp") is None and sharding_plugin("fsdp2").fsdp_version == 2
+    with pytest.raises(UserError, match="sharding = 'fox' is not known: choose one of ddp, fsdp2"):
+        sharding_plugin("fox")
+    config = Path(__file__).resolve().parents[2] / "configs" / "train" / "smoke_self_forcing.yaml"
+    place = [
+        f"stage.model.folder={model_folder}",
+        f"stage.prompts={prompt_file}",
+        f"trainer.output={tmp_path}",
+    ]
+    with pytest.raises(UserError, match=r"sharding = fsdp2 needs several GPUs: set trainer\.sharding=ddp"):
+        train(config, [*place, "trainer.sharding=fsdp2"])
