@@ -95,7 +95,7 @@ class FewStepStage(ModelStage):
             self.causal_paths = bool(self.shards.manifest["causal"])
         else:
             source: dict[str, Any] = {"folder": own.folder, "weights": own.weights, **(teacher or {})}
-            self.teacher: Denoiser = frozen(load_denoiser(**source))
+            self.teacher: Denoiser = frozen(load_denoiser(**source), self.frozen_dtype)
             self.target: Denoiser = frozen(trainable_copy(self.denoiser))
 
     def train(self, mode: bool = True):

@@ -22,6 +22,7 @@ from streamvid.training.stage import Stage
 from streamvid.transformer import AttentionContext, CausalWanTransformer3DModel
 
 T = TypeVar("T")
+FROZEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def options(kind: type[T], values: Mapping[str, Any] | None, where: str) -> T:
@@ -56,6 +57,8 @@ class ModelOptions:
         lora_rank, lora_alpha: train low-rank matrices on all linear layers of the blocks; 0: all weights. An alpha of 0
             takes the rank.
         gradient_checkpointing: forget activations and compute them again in the backward.
+        frozen_dtype: of the text encoder, the teacher and other frozen transformers: float32, or bfloat16 beside
+            `mixed_precision: bf16`.
         export: `pipeline` writes a whole model folder, `transformer` the transformer and schedule only.
     """
 
@@ -70,6 +73,7 @@ class ModelOptions:
     lora_rank: int = 0
     lora_alpha: float = 0.0
     gradient_checkpointing: bool = False
+    frozen_dtype: str = "float32"
     export: str = "pipeline"
 
 
@@ -135,6 +139,10 @@ class ModelStage(Stage):
         self.options = model
         if model.export not in ("pipeline", "transformer"):
             raise UserError(f"model.export = {model.export!r} is not known: choose pipeline or transformer")
+        if model.frozen_dtype not in FROZEN_DTYPES:
+            raise UserError(
+                f"model.frozen_dtype = {model.frozen_dtype!r} is not known: choose float32 or bfloat16"
+            )
         if model.weights and model.transformer:
             raise UserError("model.weights and model.transformer exclude each other: leave one of them out")
         pipe = load_pipeline(model.folder, "cpu", "float32")
@@ -147,7 +155,8 @@ class ModelStage(Stage):
             transformer = load_transformer(model.weights, dtype=torch.float32)
         prepare_for_training(transformer, model)
         self.transformer: CausalWanTransformer3DModel = transformer
-        self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
+        self.frozen_dtype = FROZEN_DTYPES[model.frozen_dtype]
+        self.text_encoder = pipe.text_encoder.eval().requires_grad_(False).to(self.frozen_dtype)
         self.vae = pipe.vae.eval().requires_grad_(False)
         self.tokenizer = pipe.tokenizer
         self.size = {
@@ -223,8 +232,8 @@ def prepare_for_training(model: CausalWanTransformer3DModel, chosen: ModelOption
         model.enable_gradient_checkpointing()
 
 
-def frozen(denoiser: Denoiser) -> Denoiser:
-    return denoiser.eval().requires_grad_(False)
+def frozen(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> Denoiser:
+    return denoiser.eval().requires_grad_(False).to(dtype)
 
 
 def trainable_copy(denoiser: Denoiser) -> Denoiser:

@@ -221,7 +221,7 @@ class RolloutStream(VideoStream):
         pipe: Any = SimpleNamespace(
             transformer=self.tap,
             scheduler=scheduler,
-            vae=SimpleNamespace(_cached_conv_counts={"decoder": 0}),  # nothing is decoded here
+            decoder=SimpleNamespace(_cached_conv_counts={"decoder": 0}),  # nothing is decoded here
             encode_prompt=encode,
             check_prompts=lambda prompt: (prompt,) if isinstance(prompt, str) else tuple(prompt),
             temporal_ratio=4,

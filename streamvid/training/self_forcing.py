@@ -142,7 +142,7 @@ class SelfForcingStage(ModelStage):
         if self.judging.generator_every < 1 or batch_size < 1:
             raise UserError("stage.critic.generator_every and stage.batch_size must be at least 1")
         teacher_folder = self.teaching.folder or own.folder
-        self.teacher = frozen(load_denoiser(teacher_folder, self.teaching.weights))
+        self.teacher = frozen(load_denoiser(teacher_folder, self.teaching.weights), self.frozen_dtype)
         score = load_denoiser(
             self.judging.folder or teacher_folder,
             self.judging.weights if self.judging.folder else self.judging.weights or self.teaching.weights,
