@@ -104,7 +104,7 @@ def table(result: dict[str, Any]) -> str:
     """The measurement as a Markdown table."""
     native = result["rows"][0]
     lines = [
-        f"| `kv_dtype` | PSNR at 5 s (worst) | at {result['seconds']:.0f} s (worst) | adherence | bytes | "
+        f"| `kv_dtype` | PSNR at 5 s (worst) | at {result['seconds']:g} s (worst) | adherence | bytes | "
         + " | ".join(f"Wan2.1 1.3B, `{name}`" for name in native["bytes_wan_1.3B"])
         + " |",
         "|---" * (5 + len(native["bytes_wan_1.3B"])) + "|",

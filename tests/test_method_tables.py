@@ -37,6 +37,12 @@ def texts(forward) -> tuple[str, str, str]:
     return runs(forward.plan.frames), attended_text(forward.plan), positions_text(forward.plan)
 
 
+def test_what_a_released_sink_does_while_it_fills_is_told():
+    method = load_method("longlive", {"sink": 5, "sink_filling": "longlive_release"})
+    told = [changes_text(forward) for forward in planned(method, 3)]
+    assert told == ["attends 2 empty", "3-4 stay as in the first step", ""]
+
+
 # --- what the releases were recorded to attend (algorithms, sections 3.1, 3.2, 3.5 and 4.1) --------------------------
 
 LONGLIVE = {
