@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := setup
-.PHONY: setup story test lint
+.PHONY: setup story test lint browser
 
 setup: .venv/installed
 
@@ -33,8 +33,13 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint browser
 	$(BIN)/pytest
+
+# Pages are tested in a real browser: the distribution's, where there is none yet.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		(apt-get update && apt-get install -y --no-install-recommends chromium)
 
 # The embedded model from nothing; every step goes on where it was stopped.
 TRAIN := $(BIN)/streamvid train configs/train

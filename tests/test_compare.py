@@ -8,8 +8,9 @@ import pytest
 
 from streamvid.cli import main
 from streamvid.compare import BAND, compare, grid, labelled
-from streamvid.compare_page import chart, page
+from streamvid.compare_page import page
 from streamvid.errors import UserError
+from streamvid.evaluation.charts import chart
 from streamvid.generate import generate
 from streamvid.io.video import read_video
 from streamvid.script import load_script

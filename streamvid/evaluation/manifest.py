@@ -183,3 +183,11 @@ def check_video(video: Video, frames: int, fps: float) -> str | None:
     if video.fps and fps and abs(video.fps - fps) > 0.01 * video.fps:
         return f"the manifest says {video.fps:g} frames per second and the file {fps:g}"
     return None
+
+
+def read_beside(path: Path) -> Video | None:
+    """The description beside a finished video."""
+    try:
+        return Video.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -151,8 +151,9 @@ class Evaluation:
     def run(self) -> None:
         """Measure this process's share; afterwards the shards hold everything."""
         state = PartialState(cpu=self.backbones.device == "cpu")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
-        cv2.setNumThreads(max(1, (os.cpu_count() or 1) // state.num_processes))
+        share = max(1, (os.cpu_count() or 1) // state.num_processes)
+        torch.set_num_threads(min(torch.get_num_threads(), share))
+        cv2.setNumThreads(min(torch.get_num_threads(), share))
         stored = read_shards(self.folder)
         state.wait_for_everyone()  # nobody writes before everybody has read
         costs = [_cost(video) for video in self.videos]

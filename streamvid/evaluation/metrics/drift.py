@@ -150,15 +150,17 @@ class LookDrift(Metric):
 
     def end(self) -> Outcome:
         curve = self.curves.drift
-        # a prompt's first window is at 0; the last value of a run under one prompt counts
-        lasts = [
-            value
-            for position, value in enumerate(curve)
-            if value and (position + 1 == len(curve) or not curve[position + 1])
-        ]
-        if not any(value is not None for value in curve):
-            return skip("no prompt lasts two seconds")
-        return ok(max(lasts, default=0.0), series={"per_window": curve, "motion": self.curves.motion})
+        lasts: list[
+            float
+        ] = []  # of every run under one prompt that has windows after its first, which is at 0
+        for value, before in zip(curve[1:], curve, strict=False):
+            if value is not None and before is not None and value > 0:
+                lasts = [*lasts[:-1], value] if before > 0 and lasts else [*lasts, value]
+            elif value == 0 and before == 0:  # a still picture does not drift
+                lasts.append(0.0)
+        if not lasts:
+            return skip("no prompt lasts four seconds")
+        return ok(max(lasts), series={"per_window": curve, "motion": self.curves.motion})
 
 
 @register("drift.colour", fidelity="own", better="up", unit="of 100")

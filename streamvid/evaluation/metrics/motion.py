@@ -11,7 +11,7 @@ from streamvid.evaluation.metrics.vbench_quality import TOO_SHORT, FlowVotes
 from streamvid.evaluation.registry import Metric, register
 from streamvid.evaluation.types import Batch, Clip, Frame, Outcome, ok, skip
 
-FROZEN = 0.5  # grey levels of mean difference below which a frame repeats the one before
+FROZEN = 0.25  # grey levels of mean difference below which a frame repeats the one before
 
 
 class Pairwise(Metric):

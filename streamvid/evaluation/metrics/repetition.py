@@ -68,7 +68,7 @@ def loop_prominence(frames: np.ndarray, rate: float) -> tuple[float, int]:
 
 @register("long.loop", fidelity="own", better="down")
 class Loop(Descriptors):
-    """Prominence of the strongest loop, over the whole video and windows of 10 s; above 0.8 it loops.
+    """Prominence of the strongest loop, over the whole video, each prompt and windows of 10 s; above 0.8 it loops.
 
     A subject that bounces before a still background loops by nature: compare methods on the same prompts.
     """
@@ -77,8 +77,32 @@ class Loop(Descriptors):
         frames, window = np.stack(self.kept), round(10 * self.rate)
         starts = range(0, max(1, len(frames) - window + 1), max(1, window // 2))
         parts = [frames] + [frames[a : a + window] for a in starts if len(frames) > window]
+        if self.step == 1:
+            parts += [
+                frames[s.start : s.stop] for s in self.clip.video.segments if s.stop - s.start > self.rate
+            ]
         score, lag = max(loop_prominence(part, self.rate) for part in parts)
         return ok(score, details={"lag_seconds": lag / self.rate})
+
+
+@register("long.repetition", fidelity="own", better="down", unit="share")
+class Repetition(Descriptors):
+    """How much of the second half was seen before: one minus the distance to the nearest frame half a second or more
+    earlier, over the usual distance of neighbours (1: every frame is an exact copy; 0: none is nearer than a neighbour).
+
+    Unlike `long.loop` it tells motion that merely comes round again from pictures that do.
+    """
+
+    def end(self) -> Outcome:
+        frames = np.stack(self.kept).astype(np.float64)
+        squares = (frames**2).sum(1)
+        distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * frames @ frames.T, 0))
+        adjacent = float(np.median(np.diagonal(distances, 1)))
+        gap, half = max(1, round(self.rate / 2)), len(frames) // 2
+        if adjacent < 0.1 * frames.shape[1] ** 0.5 or half <= gap:
+            return skip("hardly anything changes in it, or it is too short")
+        nearest = np.array([distances[i, : i - gap + 1].min() for i in range(half, len(frames))])
+        return ok(float(np.mean(1 - np.minimum(nearest / adjacent, 1))))
 
 
 @register("long.sink_copy", fidelity="own", better="down", unit="cosine")
