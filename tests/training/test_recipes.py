@@ -17,7 +17,7 @@ from streamvid.training.run import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"
 FILE = "diffusion_pytorch_model.safetensors"
-RECIPES = ["self_forcing", "longlive_long", "rolling_forcing", "reward_forcing"]
+RECIPES = ["self_forcing", "longlive_long", "rolling_forcing", "reward_forcing", "sid", "gan"]
 
 
 def config(name: str) -> str:
@@ -37,11 +37,13 @@ def rows(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_distillation_recipe_runs_and_streams(name, model_folder, prompt_file, tmp_path):
-    train(config(name), places(tmp_path, model_folder, prompt_file))
+def test_a_distillation_recipe_runs_and_streams(name, model_folder, prompt_file, latents_folder, tmp_path):
+    real = [f"stage.latents={latents_folder}"] if name == "gan" else []
+    train(config(name), [*places(tmp_path, model_folder, prompt_file), *real])
     log = rows(tmp_path)
     assert log[-1]["step"] == len(log) - 1 and {"critic_loss", "critic_gradient_norm"} <= set(log[-1])
     assert {"generator_loss", "generator_normaliser", "generator_exit_step"} <= set(log[0])
+    assert ("generator_gan" in log[0]) == ("critic_gan" in log[0]) == (name == "gan")
     assert ("generator_reward" in log[0]) == (name == "reward_forcing")
     before, after = (
         load_file(Path(model_folder) / "transformer" / FILE),
