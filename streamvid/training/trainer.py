@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, send_to_device
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -68,10 +68,12 @@ class Trainer:
             cpu=stage.cpu_only or options.device == "cpu" or not torch.accelerator.is_available(),
             mixed_precision=options.mixed_precision,
             fsdp_plugin=sharding_plugin(options.sharding),
-            # a phase leaves the other parts without gradient
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-            if len(parts) > 1
-            else None,
+            kwargs_handlers=[
+                # a phase leaves the other parts without gradient
+                DistributedDataParallelKwargs(find_unused_parameters=len(parts) > 1),
+                # FSDP frees weights between forwards; a cast remembered from one without gradient would hide them
+                AutocastKwargs(cache_enabled=options.sharding != "fsdp2"),
+            ],
         )
         if options.sharding == "fsdp2" and self.accelerator.distributed_type != DistributedType.FSDP:
             raise UserError(
