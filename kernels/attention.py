@@ -7,6 +7,7 @@ those (or a mask). A backend never ignores an argument: one that cannot serve a 
 |---|---|---|---|
 | sdpa | everything | any | part of PyTorch |
 | flex | CPU (unfused), CUDA (compiled) | any | part of PyTorch |
+| triton | CUDA, ROCm; CPU in Triton's interpreter | of keys | `streamvid[kernels]` (streamvid.kernels.windowed) |
 | flash | CUDA, half precision | none | flash-attn 2, 3 (Hopper) or 4 (Blackwell) |
 | sage | CUDA, half precision, approximate (INT8) | none | sageattention |
 | xformers | CUDA | any | `streamvid[xformers]` |
@@ -20,7 +21,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from streamvid.kernels import libraries
+from streamvid.kernels import libraries, windowed
 from streamvid.kernels.libraries import AttentionFunction, reference, sdpa
 
 from streamvid.errors import UserError
@@ -51,6 +52,7 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(sdpa),
     "flex": Backend(libraries.flex),
+    "triton": Backend(windowed.dense, windowed.dense_missing, windowed.dense_refuses),
     "flash": Backend(libraries.flash, libraries.flash_missing, libraries.flash_refuses),
     "sage": Backend(libraries.sage, libraries.sage_missing, libraries.sage_refuses, slack=0.05),
     "xformers": Backend(libraries.xformers, libraries.xformers_missing, libraries.xformers_refuses),

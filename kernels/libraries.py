@@ -21,10 +21,10 @@ AttentionFunction = Callable[..., torch.Tensor]
 
 
 def reference(q_BLHD, k_BLHD, v_BLHD, mask=None) -> torch.Tensor:
-    """Softmax attention written out: two matrix products. Scores are normalised in float32, or in float64 if they are."""
+    """Softmax attention written out: two matrix products. Scores and their sums are float32, of float64 tensors float64."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
     precise = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(precise) * q.shape[-1] ** -0.5
+    scores = q.to(precise) @ k.to(precise).transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)

@@ -8,10 +8,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from streamvid.commands import compare, convert, eval, generate, info, methods, parity, script, train
+from streamvid.commands import compare, convert, eval, generate, info, kernels, methods, parity, script, train
 from streamvid.errors import UserError
 
-COMMANDS = (generate, script, info, methods, compare, eval, train, parity, convert)
+COMMANDS = (generate, script, info, methods, compare, eval, train, parity, kernels, convert)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,6 +14,7 @@ from streamvid.io import ContactSheet, Manifest, ProgressBar, manifest_path, ope
 from streamvid.io.files import prepare_output_file
 from streamvid.io.writers import frame_rate
 from streamvid.kernels.attention import attention_backend
+from streamvid.kernels.check import verify
 from streamvid.methods import load_method
 from streamvid.models import DEFAULT_MODEL, load_pipeline, model_method
 from streamvid.script import Script, format_timeline, to_dict
@@ -34,6 +35,7 @@ def generate(
     dtype: str = "auto",
     noise: str = "seeded",
     attention: str = "auto",
+    check_attention: bool = False,
     decoder: str = "exact",
     crf: int | None = None,
     contact_sheet: str | Path | None = None,
@@ -45,6 +47,7 @@ def generate(
         script: what to show; its own model, method, size, fps, seed and overrides count where no argument is given.
         output: `.mp4`, `.gif`, `.webp`, or a folder for PNG frames.
         crf: quality of an MP4, lower is better.
+        check_attention: compare the attention backend with the reference on this machine first (streamvid.kernels.check).
         contact_sheet: PNG with a frame every two seconds; quiet: print nothing.
         The other arguments are those of `StreamVidPipeline.stream` and `load_pipeline`.
 
@@ -74,6 +77,8 @@ def generate(
         prepare_output_file(contact_sheet)
 
     pipe = load_pipeline(model, device, dtype, decoder)
+    if check_attention:
+        verify(attention, pipe.device, pipe.dtype)
     beside = decodes_beside(pipe)
     seed = next((value for value in (seed, script.seed) if value is not None), 0)
     stream = pipe.stream(

@@ -222,13 +222,13 @@ KINDS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Case], Iterato
 )
 
 
-def run_case(folder: str | Path) -> list[Row]:
-    """Replay a recorded case: one row per recorded tensor.
+def run_case(folder: str | Path, attention: str = "auto") -> list[Row]:
+    """Replay a recorded case with an attention backend: one row per recorded tensor.
 
     Raises:
         UserError: the folder is no case, or asks for what does not exist.
     """
-    case = Case(folder)
+    case = Case(folder, attention)
     for fits, run in KINDS:
         if fits(case.settings):
             try:
@@ -259,12 +259,12 @@ def format_report(title: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(folders: Sequence[str | Path]) -> int:
+def main(folders: Sequence[str | Path], attention: str = "auto") -> int:
     """Replay cases and print their reports: 0 all fit, 1 one is out of tolerance, 2 one is impossible."""
     code = 0
     for folder in folders:
         try:
-            rows = run_case(folder)
+            rows = run_case(folder, attention)
         except UserError as error:
             print(f"streamvid: {'' if str(folder) in str(error) else f'{folder}: '}{error}", file=sys.stderr)
             code = 2

@@ -68,10 +68,10 @@ def compare(name: str, got: torch.Tensor | None, recorded: torch.Tensor, toleran
 
 
 class Case:
-    """A case folder. Access to what is not there is an error that names it."""
+    """A case folder, and the attention backend to replay it with. Access to what is not there is an error that names it."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, attention: str = "auto"):
+        self.folder, self.attention = Path(folder), attention
         if not (self.folder / "case.json").is_file():
             raise UserError(f"{self.folder} is no recorded case: it should hold case.json")
         self.settings = read_json(self.folder / "case.json")

@@ -71,7 +71,9 @@ def case_transformer(case: Case, prefix: str = "") -> CausalWanTransformer3DMode
         for name, tensor in case.tensors("weights").items()
         if name.startswith(prefix)
     }
-    return build_transformer(extract_transformer(weights, None, path), config, path).eval()
+    transformer = build_transformer(extract_transformer(weights, None, path), config, path).eval()
+    transformer.attention_name = case.attention
+    return transformer
 
 
 class RecordingScheduler(FewStepFlowScheduler):
@@ -163,6 +165,7 @@ def run_stream(case: Case) -> Iterator[Row]:
         width=latent["W"] * pipe.spatial_ratio,
         blocks=blocks,
         noise=noise,
+        attention=case.attention,
         decode_pixels=False,
     )
     if stream.cache.tokens_per_frame != latent["tokens_per_frame"]:

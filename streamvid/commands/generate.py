@@ -39,6 +39,11 @@ def add(commands) -> None:
         default="exact",
         help="exact (the VAE's), tiny (several times cheaper, less exact), or the path of a tiny decoder",
     )
+    command.add_argument(
+        "--check-attention",
+        action="store_true",
+        help="compare the backend with the reference here before starting",
+    )
     command.add_argument("--crf", type=int, help="quality of an MP4: lower is better (default 18)")
     command.add_argument(
         "--contact-sheet",
@@ -78,6 +83,7 @@ def run(options) -> None:
         dtype=options.dtype,
         noise=options.noise,
         attention=options.attention,
+        check_attention=options.check_attention,
         decoder=options.decoder,
         crf=options.crf,
         contact_sheet=sheet,
