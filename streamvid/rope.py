@@ -98,6 +98,6 @@ def rotation(
 
 def rotate(x_BLHD: torch.Tensor, by: Rotation) -> torch.Tensor:
     """Rotate adjacent channel pairs of `x`; computed in float32, returned in the dtype of `x`."""
-    even, odd = x_BLHD.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * by.cos - odd * by.sin, even * by.sin + odd * by.cos], dim=-1)
+    pairs = torch.view_as_complex(x_BLHD.float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.complex(by.cos, by.sin))
     return turned.flatten(-2).to(x_BLHD.dtype)

@@ -10,6 +10,7 @@ The walk has two stages of about equal cost, so that two threads can work on two
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,26 +95,39 @@ def _up_block(block: Any, x: torch.Tensor, memory: Memory) -> torch.Tensor:
         for resample in block.upsamplers or ():
             y = _upsample(resample, y, memory)
     elif block.upsampler is not None:
-        y = _add_repeated(_upsample(block.upsampler, y, memory), x, block.avg_shortcut)
+        y = _upsample(block.upsampler, y, memory, x, block.avg_shortcut)
     return y
 
 
-def _upsample(resample: Any, x_BCTHW: torch.Tensor, memory: Memory) -> torch.Tensor:
-    """Twice the rows and columns, and but for the first frame of a stream twice the frames."""
+def _upsample(
+    resample: Any,
+    x_BCTHW: torch.Tensor,
+    memory: Memory,
+    before: torch.Tensor | None = None,
+    shortcut: Any = None,
+) -> torch.Tensor:
+    """Twice the rows and columns, and but for the first frame of a stream twice the frames; plus a shortcut of `before`."""
     extended = memory.extend_but_first(x_BCTHW) if resample.mode == "upsample3d" else None
     if extended is not None:
         pairs = _causal_conv(resample.time_conv, extended).unflatten(1, (2, -1))
         x_BCTHW = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
     frames = x_BCTHW.transpose(1, 2)
-    doubled = doubling_conv(resample.resample[1], frames.flatten(0, 1))
+    first = resample.mode == "upsample3d" and extended is None
+    added = None if before is None else _repeated(before, shortcut, first)
+    doubled = doubling_conv(resample.resample[1], frames.flatten(0, 1), added)
     return doubled.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
-def doubling_conv(conv: torch.nn.Conv2d, x_NCHW: torch.Tensor) -> torch.Tensor:
+def doubling_conv(
+    conv: torch.nn.Conv2d, x_NCHW: torch.Tensor, added: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
     """The 3x3 convolution `conv` of the picture doubled by nearest neighbours, without doubling it first.
 
     An even row of the doubled picture sees the row above its own, its own, and its own again; an odd one its own twice and
     the row below. The taps that fall on one row are added up. So it is with columns.
+
+    Args:
+        added: four pictures of the size of `x`, added to the pixels of even and odd rows and columns, in this order.
     """
     weight = conv.weight.float()
     for axis in (-2, -1):
@@ -130,21 +144,36 @@ def doubling_conv(conv: torch.nn.Conv2d, x_NCHW: torch.Tensor) -> torch.Tensor:
     doubled = torch.empty(size, dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=torch.channels_last)
     for parity, part in enumerate(parities.split(conv.out_channels, 1)):
         column, row = divmod(parity, 2)
-        doubled[:, :, row::2, column::2] = part[:, :, row : row + rows, column : column + columns]
+        part = part[:, :, row : row + rows, column : column + columns]
+        target = doubled[:, :, row::2, column::2]
+        if added is None:
+            target.copy_(part)
+        else:
+            torch.add(part, added[2 * row + column], out=target)
     return doubled
 
 
-def _add_repeated(y_BCTHW: torch.Tensor, x_BCTHW: torch.Tensor, shortcut: Any) -> torch.Tensor:
-    """`y` plus `x` with its channels dealt out over the pixels that each position has become (`DupUp3D`)."""
-    batch, _, frames, rows, columns = x_BCTHW.shape
+def _repeated(x_BCTHW: torch.Tensor, shortcut: Any, first: bool) -> list[torch.Tensor]:
+    """What the residual shortcut `DupUp3D` adds to the pixels of each parity (row, column): `[B * T, C, H, W]` each.
+
+    Channels of `x` are dealt out over the pixels that each of its positions becomes; with as many channels as the result
+    has, each simply repeats. Of the first frame of a stream only the last copy in time counts.
+    """
     time, space = shortcut.factor_t, shortcut.factor_s
-    if shortcut.in_channels % shortcut.out_channels:
-        return y_BCTHW.add_(shortcut(x_BCTHW, first_chunk=y_BCTHW.shape[2] < time * frames))
-    # a channel of y has `parts` channels of x, each for `repeats` pixels in a row
-    repeats, parts = shortcut.repeats, shortcut.in_channels // shortcut.out_channels
-    dealt = x_BCTHW.unflatten(1, (-1, parts, 1)).expand(-1, -1, -1, repeats, -1, -1, -1)
-    dealt = dealt.reshape(batch, -1, time, space, space, frames, rows, columns)
-    dealt = dealt[:, :, time - y_BCTHW.shape[2] // frames :]  # of the first frame of a stream only the last
-    y = y_BCTHW.unflatten(4, (columns, space)).unflatten(3, (rows, space)).unflatten(2, (frames, -1))
-    y.add_(dealt.permute(0, 1, 5, 2, 6, 3, 7, 4))
-    return y_BCTHW
+    repeated = (
+        x_BCTHW.repeat_interleave(shortcut.repeats, 1)
+        if shortcut.in_channels != shortcut.out_channels
+        else None
+    )
+    parities = []
+    for row in range(space):
+        for column in range(space):
+            if repeated is None:
+                dealt = x_BCTHW[:, :, None].expand(-1, -1, time, -1, -1, -1)
+            else:
+                dealt = repeated.unflatten(1, (-1, time, space, space))[:, :, :, row, column]
+            dealt = dealt[:, :, -1:] if first else dealt
+            parities.append(dealt.permute(0, 3, 2, 1, 4, 5).flatten(0, 2))
+            if repeated is None:
+                return parities * space**2
+    return parities

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D
 
 from streamvid.decoding import begin_decoding, decode, decode_to_bytes, decoder_state
-from streamvid.wan_decoder import _add_repeated, doubling_conv, first_stage, last_stage
+from streamvid.wan_decoder import _repeated, doubling_conv, first_stage, last_stage
 
 RESIDUAL = pytest.mark.parametrize("residual", [False, True], ids=["wan 2.1", "wan 2.2"])
 
@@ -59,19 +59,22 @@ def test_halves_of_neighbouring_chunks_may_overlap():
         assert np.array_equal(rest(), videos)
 
 
-def test_doubling_convolution():
-    conv = torch.nn.Conv2d(5, 3, 3, padding=1)
-    x = tiny.normal(0, 2, 5, 4, 6)
-    doubled = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact")
-    torch.testing.assert_close(doubling_conv(conv, x), conv(doubled))
-
-
 @pytest.mark.parametrize("channels", [(8, 8), (16, 8), (32, 8), (4, 8)], ids=str)
 @pytest.mark.parametrize("time", [1, 2])
-def test_repeated_shortcut(channels, time):
-    shortcut = DupUp3D(*channels, factor_t=time, factor_s=2)
-    x = tiny.normal(0, 2, channels[0], 3, 4, 5)
-    y = tiny.normal(1, 2, channels[1], 3 * time, 8, 10).contiguous(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(_add_repeated(y.clone(), x, shortcut), y + shortcut(x))
-    first = shortcut(x[:, :, :1], first_chunk=True)
-    torch.testing.assert_close(_add_repeated(y[:, :, :1].clone(), x[:, :, :1], shortcut), y[:, :, :1] + first)
+def test_doubling_convolution_with_a_repeated_shortcut(channels, time):
+    conv, shortcut = (
+        torch.nn.Conv2d(5, channels[1], 3, padding=1),
+        DupUp3D(*channels, factor_t=time, factor_s=2),
+    )
+    before = tiny.normal(0, 2, channels[0], 3, 4, 6)
+    for first, frames in ((False, 3), (True, 1)):
+        copies = 1 if first else time
+        x = tiny.normal(1, 2 * frames * copies, 5, 4, 6)
+        doubled = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact")
+        expected = conv(doubled).unflatten(0, (2, -1)).transpose(1, 2)
+        expected = expected + shortcut(before[:, :, :frames], first_chunk=first)
+        added = _repeated(before[:, :, :frames], shortcut, first)
+        with torch.no_grad():
+            output = doubling_conv(conv, x, added).unflatten(0, (2, -1)).transpose(1, 2)
+            torch.testing.assert_close(output, expected)
+            torch.testing.assert_close(doubling_conv(conv, x), conv(doubled))

@@ -1,0 +1,126 @@
+"""Decoding and denoising of the embedded model against plain baselines of the same run.
+
+    python -m benchmarks.parts --output benchmarks/results/parts.json
+
+All on one thread, in CPU seconds of that thread (so that a busy machine disturbs little), in turns, medians.
+Decoding: a plain `vae.decode` (diffusers, as loaded), streamvid.decoding, and a tiny decoder if one is given with its PSNR.
+Denoising: benchmarks.naive, which does what the releases do, and a stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.end_to_end import PROMPT
+from streamvid.checkpoints import load_vae
+from streamvid.decoding import decode_to_bytes, decoder_state, latent_statistics
+from streamvid.io.files import replace_atomically
+from streamvid.io.manifest import environment
+from streamvid.methods import load_method
+from streamvid.models import DEFAULT_MODEL, load_pipeline, resolve_model
+from streamvid.noise import SeededNoise
+from streamvid.tiny_decoder import load_tiny_decoder
+from streamvid.training.vae_stage import reconstruction_quality
+
+from .naive import naive_blocks
+
+WARM_UP = 6
+
+
+def in_turns(routes: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of this thread's CPU time per call of each route."""
+    times: dict[str, list[float]] = {name: [] for name in routes}
+    for _ in range(rounds + 1):
+        for name, route in routes.items():
+            began = time.thread_time()
+            route()
+            times[name].append(time.thread_time() - began)
+    return {name: round(1000 * statistics.median(values[1:]), 2) for name, values in times.items()}
+
+
+@torch.no_grad()
+def decoding(pipe, plain_vae, tiny, rounds: int) -> dict[str, Any]:
+    """Milliseconds of CPU per block of 12 frames."""
+    latents = torch.cat(
+        [c.latents for c in pipe.stream(PROMPT, blocks=3, decode_pixels=False)], 2
+    )  # the steady state needs a past
+    block = latents[:, :, -3:]
+    mean, std = latent_statistics(plain_vae, latents.to(plain_vae.dtype))
+    raw = (latents.to(plain_vae.dtype) * std + mean)[:, :, -4:]
+
+    def plain():
+        return (
+            plain_vae.decode(raw).sample[:, :, 1:].float().add(1).mul(127.5).byte().numpy()
+        )  # 4: 1 + 12 frames
+
+    def streamed(decoder):
+        state = decoder_state(decoder)
+        decode_to_bytes(decoder, latents[:, :, :-3], state)
+        return lambda: decode_to_bytes(decoder, block, state.fork())
+
+    routes = {"plain": plain, "exact": streamed(pipe.vae)}
+    if tiny is not None:
+        routes["tiny"] = streamed(tiny)
+    result: dict[str, Any] = in_turns(routes, rounds)
+    result["plain"] = round(result["plain"] * 12 / 13, 2)  # it also makes the frame before
+    result["exact_faster_than_plain"] = round(result["plain"] / result["exact"], 3)
+    quality = {"exact": pipe.vae} if tiny is None else {"exact": pipe.vae, "tiny": tiny}
+    for name, decoder in quality.items():
+        chosen = None if name == "exact" else decoder
+        result[f"psnr_{name}"] = reconstruction_quality(pipe.vae, clips=6, frames=81, decoder=chosen)["psnr"]
+    return result
+
+
+def denoising(pipe, rounds: int) -> dict[str, Any]:
+    """Milliseconds of CPU per block of a full window, with LongLive's absolute positions."""
+    method = load_method("longlive")
+    blocks = WARM_UP + rounds + 1
+    shape = (pipe.transformer.config.in_channels, *pipe.latent_size(None, None))
+    stream = pipe.stream(PROMPT, method=method, blocks=blocks, decode_pixels=False)
+    with torch.no_grad():
+        prompt_kv = pipe.transformer.prompt_kv(pipe.encode_prompt(PROMPT).to(pipe.transformer.dtype))
+    naive = naive_blocks(pipe, method, prompt_kv, SeededNoise([0], shape), blocks)
+    for _ in range(WARM_UP):
+        next(stream)
+        next(naive)
+    result: dict[str, Any] = in_turns({"naive": lambda: next(naive), "stream": lambda: next(stream)}, rounds)
+    result["stream_faster_than_naive"] = round(result["naive"] / result["stream"], 3)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tiny", help="folder of a tiny decoder")
+    parser.add_argument("--output", default="benchmarks/results/parts.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = load_pipeline(options.model)
+    plain_vae = load_vae(Path(resolve_model(options.model)), dtype=pipe.vae.dtype)
+    tiny = None if options.tiny is None else load_tiny_decoder(options.tiny, pipe.vae.dtype)
+    command = f"python -m benchmarks.parts --model {options.model} --rounds {options.rounds}"
+    result = {
+        "command": command + (f" --tiny {options.tiny}" if options.tiny else ""),
+        **environment("cpu"),
+        "decoding_ms_per_block": decoding(pipe, plain_vae, tiny, options.rounds),
+        "denoising_ms_per_block": denoising(pipe, options.rounds),
+    }
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(options.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
