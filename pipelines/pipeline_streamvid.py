@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
-from PIL import Image
-from streamvid.pipelines.pipeline_output import StreamVidPipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from streamvid.pipelines.lora import StreamVidLoraMixin
+from streamvid.pipelines.pipeline_output import (
+    StreamVidPipelineOutput,
+    as_output_type,
+    check_output_type,
+)
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from streamvid.errors import UserError
 from streamvid.methods import Method, load_method
+from streamvid.models import embedded_models
 from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
 from streamvid.saving import load_stream
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.script import Script, load_script, timeline
 from streamvid.script_fields import MAX_PROMPT_CHARACTERS
-from streamvid.stream import PromptChange, VideoStream
-from streamvid.text import encode_prompts
+from streamvid.stream import Chunk, PromptChange, VideoStream
+from streamvid.text import PromptCache
 from streamvid.tiny_decoder import TinyDecoder
 from streamvid.transformer import CausalWanTransformer3DModel
 
 NOISE_ORDERS = ("seeded", "reference")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# (pipeline, step or chunk, its time, what can be seen) -> what shall be changed
+EndCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
+# arguments of other pipelines that have nothing to act on here, and why
+FOREIGN_OPTIONS = {
+    "negative_prompt": "a few-step student makes no second, unconditioned prediction to steer away from",
+    "guidance_scale": "guidance was distilled into the weights of a few-step student",
+}
 
 
-class StreamVidPipeline(DiffusionPipeline):
+class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
     """Text to endless video, block by block.
 
     Args:
-        tokenizer, text_encoder, transformer, vae, scheduler: the model's parts.
+        tokenizer, text_encoder, transformer, vae, scheduler: the model's parts; without the first two, only prompts that
+            are in `prompt_cache` can be streamed.
         method: preset the model was made for (`configs/methods`), used where a caller names none.
         fps: frames per second of the videos the model was trained on.
         height, width: pixel size it was trained on.
@@ -43,11 +58,13 @@ class StreamVidPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     tiny_decoder: TinyDecoder | None = None
+    _optional_components = ["tokenizer", "text_encoder"]
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: UMT5EncoderModel | None,
         transformer: CausalWanTransformer3DModel,
         vae: AutoencoderKLWan,
         scheduler: FewStepFlowScheduler,
@@ -68,6 +85,19 @@ class StreamVidPipeline(DiffusionPipeline):
         self.register_to_config(
             method=method, fps=fps, height=height, width=width, distilled_for=distilled_for
         )
+        self.prompt_cache = PromptCache()
+        self._interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> StreamVidPipeline:
+        """As in diffusers: a folder or a hub id, or the name of an embedded model."""
+        name = str(pretrained_model_name_or_path)
+        return super().from_pretrained(str(embedded_models().get(name, name)), **kwargs)
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to end a call with the chunk in the making."""
+        return self._interrupt
 
     @property
     def decoder(self) -> AutoencoderKLWan | TinyDecoder:
@@ -88,7 +118,7 @@ class StreamVidPipeline(DiffusionPipeline):
         """One or several prompts as a tuple.
 
         Raises:
-            UserError: one is empty or too long.
+            UserError: one is empty or too long, or was not encoded before the text encoder was freed.
         """
         prompts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,)
         for text in prompts or [""]:
@@ -100,13 +130,29 @@ class StreamVidPipeline(DiffusionPipeline):
                 raise UserError(
                     f"prompt = {text[:30]!r}... has {len(text)} characters: shorten it to {MAX_PROMPT_CHARACTERS}"
                 )
+        if self.text_encoder is None:
+            self.encode_prompt(prompts)
         return prompts
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
-        """Text embeddings `[B, text_len, D]`."""
-        return encode_prompts(
-            self.tokenizer, self.text_encoder, self.check_prompts(prompt), self.transformer.config.text_len
+        """Text embeddings `[B, text_len, D]` on the CPU; each prompt is encoded once, while it stays in `prompt_cache`."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return self.prompt_cache.encode(
+            self.tokenizer, self.text_encoder, prompts, self.transformer.config.text_len
         )
+
+    def encode_script(self, script: Script | str | Path | Sequence[str]) -> dict[str, torch.Tensor]:
+        """Encode all prompts of a script, or of `stream`'s other forms, now; afterwards `pipe.text_encoder = None` frees the
+        encoder, and the script still streams.
+
+        Returns:
+            The embedding `[text_len, D]` of every prompt.
+        """
+        plan = self._as_script(script)
+        texts = script if plan is None else [shot.prompt for shot in plan.shots]
+        prompts = list(dict.fromkeys(self.check_prompts(texts)))  # type: ignore[arg-type]
+        self.prompt_cache.limit = max(self.prompt_cache.limit, len(prompts))
+        return dict(zip(prompts, self.encode_prompt(prompts), strict=True))
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent rows and columns of a pixel size (default: the model's).
@@ -133,13 +179,16 @@ class StreamVidPipeline(DiffusionPipeline):
         *,
         method: str | Method | None = None,
         overrides: Mapping[str, Any] | None = None,
+        num_inference_steps: int | None = None,
+        num_videos_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         height: int | None = None,
         width: int | None = None,
         fps: float | None = None,
         blocks: int | None = None,
         noise: str | NoiseSource = "seeded",
-        attention: str = "auto",
+        attention: str | None = None,
         decode_pixels: bool = True,
     ) -> VideoStream:
         """Start a stream.
@@ -149,30 +198,41 @@ class StreamVidPipeline(DiffusionPipeline):
                 or list of prompts (one video each), which never ends unless `blocks` is given.
             method: a preset's name or a `Method`; default: the script's, else the model's.
             overrides: single options of the method, on top of the script's.
+            num_inference_steps: as many evenly spaced levels from 1000 down in place of those the model was trained with.
+            num_videos_per_prompt: videos of every prompt, one after the other in the batch.
             seed: of the noise, one number (video i of a batch uses seed + i) or one per video.
+            generator: draws the seed in its place; with one per video, each draws its own.
             height, width, fps: of the video; default: the script's, else the model's.
             blocks: stop after so many blocks at the latest.
             noise: `seeded` (from seed, block and step), `reference` (the releases' draw order), or a noise source.
-            attention: attention backend; decode_pixels: False leaves `chunk.videos` empty.
+            attention: attention backend; default: the transformer's (`set_attention_backend`).
+            decode_pixels: False leaves `chunk.videos` empty.
         """
+        for name, value in (
+            ("fps", fps),
+            ("blocks", blocks),
+            ("num_videos_per_prompt", num_videos_per_prompt),
+        ):
+            if value is not None and not value > 0:
+                raise UserError(f"{name} = {value} must be above 0")
         plan = self._as_script(script)
         if plan is not None:
             first_shot = plan.shots[0]
             prompts = self.check_prompts(first_shot.prompt)
             method = method or plan.method
             overrides = {**plan.overrides, **(overrides or {})}
-            seed = plan.seed if seed is None else seed
+            seed = plan.seed if seed is None and generator is None else seed
             height, width = plan.height if height is None else height, plan.width if width is None else width
             fps = plan.fps if fps is None else fps
             first = PromptChange(prompts, None, first_shot.seed, first_shot.overrides)
         else:
             prompts = self.check_prompts(script)  # type: ignore[arg-type]
             first = PromptChange(prompts)
-        chosen = self._method(method, overrides)
+        prompts = tuple(prompt for prompt in prompts for _ in range(num_videos_per_prompt))
+        first = replace(first, prompts=prompts)
+        chosen = self._method(method, overrides, num_inference_steps)
         fps = self.config.fps if fps is None else fps
-        for name, value in (("fps", fps), ("blocks", blocks)):
-            if value is not None and not value > 0:
-                raise UserError(f"{name} = {value} must be above 0")
+        seed = self._seed(seed, generator, noise, len(prompts))
         shots = (
             None
             if plan is None
@@ -184,6 +244,7 @@ class StreamVidPipeline(DiffusionPipeline):
         )  # of the clip whose noise the releases draw at once
         frames = None if length is None else length * chosen.frames_per_block
         source = self._noise(noise, seed, len(prompts), frames, (self.transformer.config.in_channels, *size))
+        attention = attention or self.transformer.attention_name
         return VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
 
     def load_stream(self, path: str | Path) -> VideoStream:
@@ -194,7 +255,12 @@ class StreamVidPipeline(DiffusionPipeline):
         """
         return load_stream(self, path)
 
-    def _method(self, method: str | Method | None, overrides: Mapping[str, Any] | None) -> Method:
+    def _method(
+        self,
+        method: str | Method | None,
+        overrides: Mapping[str, Any] | None,
+        num_inference_steps: int | None = None,
+    ) -> Method:
         chosen = method if isinstance(method, Method) else load_method(method or self.config.method)
         if self.config.distilled_for not in (None, chosen.name):
             warnings.warn(
@@ -202,7 +268,34 @@ class StreamVidPipeline(DiffusionPipeline):
                 "expect other pictures than its authors'",
                 stacklevel=3,
             )
-        return chosen.with_overrides(overrides or {})
+        overrides = dict(overrides or {})
+        if num_inference_steps is not None:
+            total = self.scheduler.config.num_train_timesteps
+            if not 0 < num_inference_steps <= total or overrides.get("denoising_steps"):
+                raise UserError(
+                    f"num_inference_steps = {num_inference_steps} must be between 1 and {total}, "
+                    "and excludes overrides of denoising_steps, which name the levels themselves"
+                )
+            overrides["denoising_steps"] = [
+                total * (num_inference_steps - i) / num_inference_steps for i in range(num_inference_steps)
+            ]
+        return chosen.with_overrides(overrides)
+
+    def _seed(self, seed, generator, noise, videos: int) -> int | list[int] | None:
+        """What the generators draw in place of a seed."""
+        if generator is None:
+            return seed
+        if seed is not None or callable(noise):
+            raise UserError("generator and seed or a noise source exclude each other: give one of them")
+        if not isinstance(generator, torch.Generator) and len(generator) != videos:
+            raise UserError(
+                f"generator has {len(generator)} generators for {videos} videos: give one, or one per video"
+            )
+        draws = [
+            int(torch.randint(2**62, (), generator=source, device=source.device))
+            for source in ([generator] if isinstance(generator, torch.Generator) else generator)
+        ]
+        return draws[0] if isinstance(generator, torch.Generator) else draws
 
     def _as_script(self, script: Script | str | Path | Sequence[str]) -> Script | None:
         if isinstance(script, Script):
@@ -248,6 +341,9 @@ class StreamVidPipeline(DiffusionPipeline):
         *,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: EndCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_chunk_end: EndCallback | None = None,
         **options: Any,
     ) -> StreamVidPipelineOutput | tuple[Any]:
         """Whole videos in memory: at least `num_frames` pixel frames are generated, exactly that many returned.
@@ -256,43 +352,94 @@ class StreamVidPipeline(DiffusionPipeline):
             prompt: as in `stream`; a script brings its own length.
             num_frames: pixel frames, default 81 (5 s at 16 fps), or what `blocks` gives.
             output_type: `pil`, `np`, `pt` or `latent` (see `StreamVidPipelineOutput`).
+            return_dict: False returns a tuple.
+            callback_on_step_end: called as in diffusers with the pipeline, the number of the denoising step in this call,
+                its timestep and `{"latents": ...}`: what the next step starts from, of the block being made (all of those
+                denoised together); the latents of the dictionary that it returns take their place.
+            callback_on_step_end_tensor_inputs: what it is given.
+            callback_on_chunk_end: called with the pipeline, the chunk's index, its media time in s, and `{"chunk": ...,
+                "stream": ...}`, through which the video can be steered.
             options: those of `stream`.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(
-                f"output_type = {output_type!r} is not known: choose one of {', '.join(OUTPUT_TYPES)}"
+        check_output_type(output_type)
+        decode = output_type != "latent"
+        stream, num_frames = self.stream_whole(prompt, num_frames, decode_pixels=decode, **options)
+        if callback_on_step_end is not None:
+            stream.sampler.on_step_end = self._step_end(
+                callback_on_step_end, callback_on_step_end_tensor_inputs
             )
-        if num_frames is not None and num_frames < 1:
-            raise UserError(f"num_frames = {num_frames} must be at least 1")
-        script = self._as_script(prompt)
-        if script is None:
-            method = self._method(options.pop("method", None), options.pop("overrides", None))
-            if num_frames is None and options.get("blocks") is None:
-                num_frames = 81
-            if num_frames is not None:
-                options["blocks"] = -(-self._latent_frames(num_frames) // method.frames_per_block)
-            options["method"] = method
-        stream = self.stream(
-            prompt if script is None else script, decode_pixels=output_type != "latent", **options
-        )
+        self._interrupt = False
+        chunks: list[Chunk] = []
         with self.progress_bar(total=stream.blocks) as bar:
-            chunks = []
             for chunk in stream:
                 chunks.append(chunk)
                 bar.update()
-        frames = self._gather(chunks, num_frames if script is None else None, output_type)
+                if callback_on_chunk_end is not None:
+                    seen = {"chunk": chunk, "stream": stream}
+                    callback_on_chunk_end(self, chunk.index, chunk.media_time, seen)
+                if self.interrupt:
+                    break
+        if decode:
+            videos = np.concatenate([chunk.videos for chunk in chunks], axis=1)[:, :num_frames]
+            frames = as_output_type(videos, output_type)
+        else:
+            frames = torch.cat([chunk.latents for chunk in chunks], dim=2)
+            frames = frames if num_frames is None else frames[:, :, : self.latent_frames(num_frames)]
+        self.maybe_free_model_hooks()
         return StreamVidPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def _latent_frames(self, num_frames: int) -> int:
+    def stream_whole(
+        self, prompt: Script | str | Path | Sequence[str], num_frames: int | None = None, **options: Any
+    ) -> tuple[VideoStream, int | None]:
+        """A stream that ends by itself, and how many of its pixel frames a call returns (None: all).
+
+        Raises:
+            UserError: besides what `stream` raises, an option that does not exist.
+        """
+        known = [name for name in inspect.signature(self.stream).parameters if name != "script"]
+        for name in options:
+            if name not in known:
+                why = FOREIGN_OPTIONS.get(name)
+                raise UserError(
+                    f"{name} has no effect here, {why}: leave it out"
+                    if why
+                    else f"option {name} is not known: choose from num_frames, {', '.join(known)}"
+                )
+        if num_frames is not None and num_frames < 1:
+            raise UserError(f"num_frames = {num_frames} must be at least 1")
+        script = self._as_script(prompt)
+        if script is not None:
+            return self.stream(script, **options), None
+        if num_frames is None and options.get("blocks") is None:
+            num_frames = 81
+        if num_frames is not None:
+            steps = options.pop("num_inference_steps", None)
+            method = self._method(options.pop("method", None), options.pop("overrides", None), steps)
+            blocks = -(-self.latent_frames(num_frames) // method.frames_per_block)
+            options |= {"method": method, "blocks": blocks}
+        return self.stream(prompt, **options), num_frames
+
+    def latent_frames(self, num_frames: int) -> int:
         """Latent frames that give at least so many pixel frames."""
         return 1 + -(-(num_frames - 1) // self.temporal_ratio)
 
-    def _gather(self, chunks, num_frames: int | None, output_type: str):
-        if output_type == "latent":
-            latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
-            return latents if num_frames is None else latents[:, :, : self._latent_frames(num_frames)]
-        videos = np.concatenate([chunk.videos for chunk in chunks], axis=1)[:, : num_frames or None]
-        if output_type == "pil":
-            return [[Image.fromarray(frame) for frame in video] for video in videos]
-        scaled = videos.astype(np.float32) / 255
-        return scaled if output_type == "np" else torch.from_numpy(scaled).permute(0, 1, 4, 2, 3)
+    def _step_end(self, callback: EndCallback, names: Sequence[str]):
+        """diffusers' callback as a sampler calls it."""
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            names = callback.tensor_inputs
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs = {unknown[0]!r} is not known: choose from "
+                f"{', '.join(self._callback_tensor_inputs)}"
+            )
+        step = -1
+
+        def on_step_end(timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            nonlocal step
+            step += 1
+            given = {"latents": latents} if "latents" in names else {}
+            changed = callback(self, step, timestep, given) or {}
+            return changed.get("latents", latents)
+
+        return on_step_end

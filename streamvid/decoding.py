@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from streamvid import wan_decoder
 from streamvid.tiny_decoder import TinyDecoder
@@ -70,6 +71,7 @@ def latent_statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.
     return mean, std
 
 
+@apply_forward_hook  # an offloaded VAE comes to its device, as for `vae.decode`
 def decode(
     vae: Decoder,
     latents_BCFHW: torch.Tensor,
@@ -110,6 +112,7 @@ def decode_to_bytes(vae: Decoder, latents_BCFHW: torch.Tensor, state: VaeState) 
     return begin_decoding(vae, latents_BCFHW, state)()
 
 
+@apply_forward_hook
 @torch.no_grad()
 def begin_decoding(vae: Decoder, latents_BCFHW: torch.Tensor, state: VaeState) -> Callable[[], np.ndarray]:
     """The first half of `decode_to_bytes`; what it returns does the second half, and may do so in another thread.
@@ -118,8 +121,10 @@ def begin_decoding(vae: Decoder, latents_BCFHW: torch.Tensor, state: VaeState) -
     chunks in order. After a failure the state is of no use: decode with a fork.
     """
     latents = latents_BCFHW.to(vae.dtype)
-    if isinstance(vae, TinyDecoder) or vae.dtype == torch.float32:
-        return torch.no_grad()(lambda: to_bytes(decode(vae, latents, state)))
+    exact = isinstance(vae, TinyDecoder) or vae.dtype == torch.float32
+    if exact or _hooked(vae.decoder):
+        frames_per_call = 1 if exact else None
+        return torch.no_grad()(lambda: to_bytes(decode(vae, latents, state, frames_per_call)))
     halves = []
     for piece in _pieces(_denormalised(vae, latents), state.started, 1, None):
         halves.append(wan_decoder.first_stage(vae.decoder, piece, state.features))
@@ -131,6 +136,12 @@ def begin_decoding(vae: Decoder, latents_BCFHW: torch.Tensor, state: VaeState) -
         return np.concatenate([to_bytes(piece, vae.config.patch_size) for piece in pixels], 1)
 
     return finish
+
+
+def _hooked(decoder: torch.nn.Module) -> bool:
+    """Whether offloading or casting waits for calls of its modules, which a walk by hand would pass by."""
+    parts = (decoder, decoder.conv_in)
+    return any(hasattr(part, mark) for part in parts for mark in ("_hf_hook", "_diffusers_hook"))
 
 
 def to_bytes(pixels_BCTHW: torch.Tensor, patch_size: int | None = None) -> np.ndarray:
@@ -167,6 +178,7 @@ def encode(
     return (moments.chunk(2, dim=1)[0] - mean) * (1.0 / std)
 
 
+@apply_forward_hook
 def encode_moments(
     vae: AutoencoderKLWan, pixels_BCTHW: torch.Tensor, state: VaeState, frames_per_call: int | None = 1
 ) -> torch.Tensor:

@@ -128,6 +128,9 @@ class RecordedPipeline(StreamVidPipeline):
         )
         self.inputs = case.input
 
+    def check_prompts(self, prompt: str | Sequence[str]) -> tuple[str, ...]:
+        return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
         return self.inputs(prompt if isinstance(prompt, str) else prompt[0])
 

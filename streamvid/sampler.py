@@ -29,6 +29,8 @@ from streamvid.transformer import AttentionContext, CausalWanTransformer3DModel,
 from streamvid.window import BlockPlan
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
+# timesteps and latents after a step -> latents to go on with
+StepEnd = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Steps = Sequence[tuple[float, float]]
 
 
@@ -43,6 +45,7 @@ def few_step_block(
     on_step: StepCallback | None = None,
     solver: str = "renoise",
     exit_step: int | None = None,
+    on_step_end: StepEnd | None = None,
 ) -> torch.Tensor:
     """Predict x0, go to the next level, repeat (Self Forcing, algorithm 2): clean latents `[B, C, F, H, W]`.
 
@@ -52,6 +55,8 @@ def few_step_block(
         context: the stream's cache, on which `begin(plan)` was called.
         on_step: called after every step with its index, the noisy input and the predicted x0.
         exit_step: index of the step after which its x0 is taken for the result (training); None: the last.
+        on_step_end: called after every step with its timestep and what the next step starts from, after the last the clean
+            latents; its result takes their place.
     """
     last = len(steps) - 1 if exit_step is None else min(exit_step, len(steps) - 1)
     frames = len(plan.own)
@@ -67,13 +72,15 @@ def few_step_block(
         if on_step is not None:
             on_step(index, x_t, x_0)
         if index == last:
-            break
-        if unipc is not None:
+            x_t = x_0
+        elif unipc is not None:
             x_t = unipc.step(index, x_0, x_t)
         else:
             fresh = noise(plan.block, index + 1, frames).to(**like)
             x_t = scheduler.add_noise(x_0, fresh, steps[index + 1][1])
-    return x_0
+        if on_step_end is not None:
+            x_t = on_step_end(torch.tensor(t), x_t)
+    return x_t
 
 
 class UniPC:
@@ -138,7 +145,13 @@ class BlockInputs:
 
 
 class Sampler(Protocol):
-    """Makes the blocks of one stream, in order. It changes nothing of itself until `commit`."""
+    """Makes the blocks of one stream, in order. It changes nothing of itself until `commit`.
+
+    Attributes:
+        on_step_end: sees and may change the latents after every forward, of all blocks that are denoised together.
+    """
+
+    on_step_end: StepEnd | None
 
     def denoise(self, inputs: BlockInputs) -> tuple[BlockPlan, torch.Tensor]:
         """The next block: its plan, and its clean latents `[B, C, F, H, W]`."""
@@ -173,6 +186,7 @@ class FewStepSampler:
     solver: str = "renoise"
     recompute: bool = False
     first_steps: tuple[float, ...] | None = None
+    on_step_end: StepEnd | None = None
 
     def denoise(self, inputs: BlockInputs) -> tuple[BlockPlan, torch.Tensor]:
         plan = inputs.cache.planner.plan()
@@ -194,6 +208,7 @@ class FewStepSampler:
             inputs.noise,
             solver=self.solver,
             exit_step=inputs.exit_step,
+            on_step_end=self.on_step_end,
         )
         return plan, latents
 
@@ -228,6 +243,7 @@ class RollingSampler:
     micro_steps: int = 1
     released_context: bool = False
     joint: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    on_step_end: StepEnd | None = None
     _next: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def denoise(self, inputs: BlockInputs) -> tuple[BlockPlan, torch.Tensor]:
@@ -244,10 +260,23 @@ class RollingSampler:
                 joint[newest + 1] = (self._fresh(inputs, newest + 1), 0)
             plan, x_0 = self._forward(inputs, joint)
             done = joint[first][1] == levels - 1
+            done_levels = torch.tensor([inputs.steps[level][0] for _, level in joint.values()])
             joint = self._renoise(inputs, joint, x_0)
+            clean = x_0[:1] if done else []
+            if self.on_step_end is not None:
+                clean, joint = self._seen(self.on_step_end, done_levels, clean, joint)
             if done:
                 self._next = joint
-                return plan, x_0[0]
+                return plan, clean[0]
+
+    def _seen(self, on_step_end: StepEnd, timesteps: torch.Tensor, clean: list[torch.Tensor], joint):
+        """The finished block, if there is one, and those in the making, as `on_step_end` leaves them."""
+        blocks = [*clean, *(latents for latents, _ in joint.values())]
+        blocks = on_step_end(timesteps, torch.cat(blocks, 2)).split(blocks[0].shape[2], 2)
+        making = zip(joint.items(), blocks[len(clean) :], strict=True)
+        return list(blocks[: len(clean)]), {
+            block: (latents, level) for (block, (_, level)), latents in making
+        }
 
     def _fresh(self, inputs: BlockInputs, block: int) -> torch.Tensor:
         transformer = inputs.transformer

@@ -7,7 +7,7 @@ holds weights only. What a query may attend, at which positions, and where keys 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,11 @@ class WanAttention(nn.Module):
 
 
 class CausalWanBlock(nn.Module):
-    """Modulated self-attention, cross-attention, modulated feed-forward."""
+    """Modulated self-attention, cross-attention, modulated feed-forward.
+
+    Called with text only, a block gives its cross-attention keys and values: sharding, offloading, casting and compilation
+    act on calls of a block, and would miss a call of one of its parts.
+    """
 
     def __init__(self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, layer: int):
         super().__init__()
@@ -103,19 +107,18 @@ class CausalWanBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def prompt_key_value(self, text_BLC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-attention keys and values; a method of the block, which is what a sharded model gathers."""
-        return self.attn2.key_value(text_BLC)
-
     def forward(
         self,
         x_BLC: torch.Tensor,
-        modulation_BF6C: torch.Tensor,
-        prompt_key: torch.Tensor,
-        prompt_value: torch.Tensor,
-        context: AttentionContext,
-        attention: AttentionFunction,
-    ) -> torch.Tensor:
+        modulation_BF6C: torch.Tensor | None = None,
+        prompt_key: torch.Tensor | None = None,
+        prompt_value: torch.Tensor | None = None,
+        context: AttentionContext | None = None,
+        attention: AttentionFunction | None = None,
+    ):
+        if modulation_BF6C is None:
+            return self.attn2.key_value(x_BLC)
+        assert prompt_key is not None and context is not None and attention is not None
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
             self.scale_shift_table + modulation_BF6C
         ).unbind(2)
@@ -224,31 +227,55 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
 
         With N groups, the frames of a forward are split into N equal runs, each attending its own text.
         """
-        text = self.condition_embedder.text_embedder(text_BLD.flatten(0, -3))
-        blocks: Any = self.blocks  # nn.ModuleList has no element type
-        pairs = [block.prompt_key_value(text) for block in blocks]
-        return PromptKV([key for key, _ in pairs], [value for _, value in pairs])
+        return self(encoder_hidden_states=text_BLD)
+
+    @property
+    def device(self) -> torch.device:
+        """Where forwards run, also while an offload hook keeps the weights elsewhere."""
+        if hasattr(self, "_hf_hook"):
+            for module in self.modules():
+                device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+                if device is not None:
+                    return torch.device(device)
+        return super().device
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose the attention of `streamvid.kernels` by name, for the transformer and for streams that name none.
+
+        Raises:
+            UserError: it does not exist or cannot run here.
+        """
+        attention_backend(backend)
+        self.attention_name = backend
+
+    def reset_attention_backend(self) -> None:
+        """Back to the choice that suits this machine."""
+        self.attention_name = "auto"
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         prompt_kv: PromptKV | None = None,
         context: AttentionContext | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor] | PromptKV:
         """Prediction `[B, C, F, H, W]` for latents `[B, C, F, H, W]` at timesteps `[B]` or `[B, F]` in [0, 1000].
 
-        Text comes as `encoder_hidden_states` or, computed before, as `prompt_kv`. Without a `context` all frames
-        attend each other, as in the bidirectional Wan.
+        Text comes as `encoder_hidden_states` or, computed before, as `prompt_kv`; given alone, its `PromptKV` is returned.
+        Without a `context` all frames attend each other, as in the bidirectional Wan.
         """
+        if prompt_kv is None:
+            assert encoder_hidden_states is not None, "give encoder_hidden_states or prompt_kv"
+            text = self.condition_embedder.text_embedder(encoder_hidden_states.flatten(0, -3))
+            prompt_kv = PromptKV(*map(list, zip(*(block(text) for block in self.blocks), strict=True)))
+        if hidden_states is None:
+            return prompt_kv
+        assert timestep is not None, "latents need timesteps"
         batch, _, frames, height, width = hidden_states.shape
         rows, columns = self.token_grid(height, width)
         attention = attention_backend(self.attention_name)
-        if prompt_kv is None:
-            assert encoder_hidden_states is not None, "give encoder_hidden_states or prompt_kv"
-            prompt_kv = self.prompt_kv(encoder_hidden_states)
         if context is None:
             context = FullAttention(
                 frames,

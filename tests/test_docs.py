@@ -1,4 +1,4 @@
-"""What the documents say: their commands exist, their links lead somewhere."""
+"""What the documents say: their commands exist, their Python runs, their links lead somewhere."""
 
 import re
 import shlex
@@ -74,3 +74,29 @@ def test_make_targets_that_the_readme_names_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def python_blocks(document: Path) -> list[str]:
+    """Python that is not marked as one that cannot run here."""
+    text = re.sub(r"<!-- not run: .*? -->\n```python\n.*?^```", "", document.read_text(), flags=re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/pipeline.md"])
+def test_python_runs(name, tmp_path, monkeypatch):
+    """One block after the other, in one interpreter."""
+    pytest.importorskip("torchao")
+    monkeypatch.chdir(tmp_path)
+    shown: list = []
+    names = {"show": shown.append, "__name__": name}
+    blocks = python_blocks(ROOT / name)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, name, "exec"), names)
+    if name == "README.md":
+        assert len(shown) == 7
+    else:
+        assert names["receipt"].chunk == 1
+        assert len(names["videos"][0]) == len(names["video"]) == 21
+        same = [a.tobytes() == b.tobytes() for a, b in zip(names["videos"][0], names["video"], strict=True)]
+        assert all(same)  # the modular pipeline and the standard one

@@ -31,12 +31,3 @@ def make_contiguous(model: nn.Module) -> None:
     """FSDP shards no weights in channels-last order, in which a VAE is loaded."""
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
-
-
-def gather_for_prompts(model: nn.Module) -> None:
-    """Let the blocks of a sharded model also make a prompt's keys and values, which happens outside their forward."""
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and hasattr(module, "prompt_key_value"):
-            register_fsdp_forward_method(module, "prompt_key_value")

@@ -29,7 +29,7 @@ from streamvid.training.logs import RunLog
 from streamvid.training.optimizers import build_optimizers, learning_rate_factor
 from streamvid.training.options import TrainerOptions
 from streamvid.training.samples import write_samples
-from streamvid.training.sharding import gather_for_prompts, make_contiguous, sharding_plugin
+from streamvid.training.sharding import make_contiguous, sharding_plugin
 from streamvid.training.stage import Stage
 
 __all__ = ["Stage", "Trainer", "TrainerOptions"]
@@ -85,7 +85,6 @@ class Trainer:
         self.stage = stage
         made = [self._optimizers(part, first=index == 0) for index, part in enumerate(parts.values())]
         self.model, *prepared = self.accelerator.prepare(stage, *chain.from_iterable(made))
-        gather_for_prompts(self.model)
         self.optimizers = prepared
         # after `prepare`: sharding makes other parameters
         self.learnt = {

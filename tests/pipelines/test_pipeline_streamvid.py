@@ -1,11 +1,13 @@
 """The pipeline: a loop over its streams, with readable mistakes."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from streamvid.pipelines.pipeline_output import StreamVidPipelineOutput
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -161,6 +163,24 @@ BAD = [
     ({"noise": "pink"}, "noise = 'pink' is not known: choose one of seeded, reference"),
     ({"attention": "flash9"}, "attention backend = 'flash9' is not known: choose one of auto"),
     ({"output_type": "gif"}, "output_type = 'gif' is not known: choose one of pil, np, pt, latent"),
+    (
+        {"negative_prompt": "ugly"},
+        "negative_prompt has no effect here, a few-step student makes no .*: leave it out",
+    ),
+    ({"guidance_scale": 5.0}, "guidance_scale has no effect here, guidance was distilled .*: leave it out"),
+    ({"heigth": 32}, "option heigth is not known: choose from num_frames, method, overrides"),
+    ({"num_videos_per_prompt": 0}, "num_videos_per_prompt = 0 must be above 0"),
+    ({"num_inference_steps": 0}, "num_inference_steps = 0 must be between 1 and 1000"),
+    (
+        {"num_inference_steps": 2, "overrides": {"denoising_steps": [1000]}},
+        "num_inference_steps = 2 must be .* excludes overrides of denoising_steps",
+    ),
+    ({"seed": 1, "generator": torch.Generator()}, "generator and seed or a noise source exclude each other"),
+    ({"generator": [torch.Generator()] * 3}, "generator has 3 generators for 1 videos: give one"),
+    (
+        {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+        "callback_on_step_end_tensor_inputs = 'prompt_embeds' is not known: choose from latents",
+    ),
     ({"seed": -1}, "seed = -1 must be a whole number from 0, or a list of them"),
     ({"seed": [1, 2]}, r"seed = \[1, 2\] has 2 numbers for 1 videos: give one per video"),
     ({"seed": [1], "noise": "reference"}, r"seed = \[1\] must be one number with noise = 'reference'"),
@@ -172,6 +192,169 @@ def test_mistakes_are_told_in_one_sentence(pipe, options, message):
     with pytest.raises(UserError, match=message) as error:
         pipe(**{"prompt": FOX, "num_frames": 9, **options})
     assert "\n" not in str(error.value)
+
+
+def seeds(pipe, prompt=FOX, **options) -> list[int]:
+    return pipe.stream(prompt, **options).noise.seeds
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_generator_draws_the_seed(pipe):
+    first, second = seeds(pipe, generator=generator(5)), seeds(pipe, generator=generator(6))
+    assert first == seeds(pipe, generator=generator(5)) != second
+    used = generator(5)
+    assert seeds(pipe, generator=used) != seeds(
+        pipe, generator=used
+    )  # it goes on, as everywhere in diffusers
+    assert seeds(pipe, [FOX, CAT], generator=generator(5)) == [first[0], first[0] + 1]
+    assert seeds(pipe, [FOX, CAT], generator=[generator(6), generator(5)]) == second + first
+    script = load_script({"seed": 7, "shots": [{"prompt": FOX, "duration": 1}]})
+    assert seeds(pipe, script, generator=generator(5)) == first
+
+
+def test_a_generator_serves_the_reference_order(pipe):
+    (seed,) = seeds(pipe, generator=generator(5))
+    options = {"noise": "reference", "output_type": "latent"}
+    drawn = pipe(FOX, 9, generator=generator(5), **options).frames
+    assert torch.equal(drawn, pipe(FOX, 9, seed=seed, **options).frames)
+
+
+def test_several_videos_per_prompt(pipe):
+    stream = pipe.stream([FOX, CAT], num_videos_per_prompt=2, seed=5)
+    assert stream.current.prompts == (FOX, FOX, CAT, CAT) and stream.noise.seeds == [5, 6, 7, 8]
+    videos = pipe([FOX, CAT], 9, num_videos_per_prompt=2, seed=5, output_type="np").frames
+    assert videos.shape[0] == 4
+    alone = pipe(CAT, 9, seed=7, output_type="np").frames[0]
+    assert np.abs(videos[2] - alone).max() <= 1 / 255  # a batch may round differently
+    script = pipe(SCRIPT, num_videos_per_prompt=2, seed=5, output_type="np").frames
+    assert np.abs(script[1] - pipe(SCRIPT, seed=6, output_type="np").frames[0]).max() <= 1 / 255
+
+
+def test_a_number_of_steps_means_even_levels(pipe):
+    assert pipe.stream(FOX, num_inference_steps=2).steps == pipe.stream(FOX).steps  # 1000 and 500
+    assert len(pipe.stream(FOX, num_inference_steps=5).steps) == 5
+    one = pipe(FOX, 9, num_inference_steps=1, output_type="latent").frames
+    assert torch.equal(one, pipe(FOX, 9, overrides={"denoising_steps": [1000]}, output_type="latent").frames)
+    assert not torch.equal(one, pipe(FOX, 9, output_type="latent").frames)
+
+
+class Record:
+    """A step callback that keeps what it is given and returns what it is told."""
+
+    def __init__(self, change=lambda step, latents: {}):
+        self.calls, self.change = [], change
+
+    def __call__(self, pipe, step, timestep, given):
+        self.calls.append((step, timestep, {name: tensor.clone() for name, tensor in given.items()}))
+        return self.change(step, given.get("latents"))
+
+
+def latents_of(pipe, record=None, num_frames=21, **options):
+    return pipe(FOX, num_frames, output_type="latent", callback_on_step_end=record, **options).frames
+
+
+def test_the_step_callback_sees_every_step(pipe):
+    record, plain = Record(), latents_of(pipe)
+    assert torch.equal(latents_of(pipe, record), plain)  # one that returns nothing changes nothing
+    timesteps = [t for t, _ in pipe.stream(FOX).steps]
+    assert [step for step, *_ in record.calls] == [0, 1, 2, 3]
+    assert [float(t) for _, t, _ in record.calls] == pytest.approx(2 * timesteps)
+    assert torch.equal(
+        record.calls[1][2]["latents"], plain[:, :, :3]
+    )  # after a block's last step: the clean block
+    assert torch.equal(record.calls[3][2]["latents"], plain[:, :, 3:])
+    blind = Record()
+    latents_of(pipe, blind, callback_on_step_end_tensor_inputs=[])
+    assert all(given == {} for *_, given in blind.calls)
+
+
+def test_the_step_callback_changes_the_latents(pipe):
+    plain = latents_of(pipe)
+    last = latents_of(pipe, Record(lambda step, x: {"latents": 0 * x} if step == 1 else {}))
+    assert last[:, :, :3].abs().max() == 0 and last[:, :, 3:].abs().max() > 0
+    assert not torch.equal(last[:, :, 3:], plain[:, :, 3:])  # the next block has seen the changed one
+    first = latents_of(pipe, Record(lambda step, x: {"latents": x.flip(-1)} if step == 0 else {}))
+    assert not torch.equal(first[:, :, :3], plain[:, :, :3])
+
+
+def test_the_step_callback_sees_all_blocks_of_a_rolling_window(pipe):
+    rolling = {"overrides": {"sampler": "rolling"}}
+    record, plain = Record(), latents_of(pipe, **rolling)
+    assert torch.equal(latents_of(pipe, record, **rolling), plain)
+    frames = [given["latents"].shape[2] for *_, given in record.calls]
+    assert frames == [3, 6, 3]  # the window grows, holds two blocks, and shrinks where the stream ends
+    assert torch.equal(record.calls[1][2]["latents"][:, :, :3], plain[:, :, :3])
+    assert [len(t) for _, t, _ in record.calls] == [1, 2, 1]
+    zeroed = latents_of(pipe, Record(lambda step, x: {"latents": 0 * x} if step == 1 else {}), **rolling)
+    assert zeroed[:, :, :3].abs().max() == 0 and not torch.equal(zeroed[:, :, 3:], plain[:, :, 3:])
+
+
+class FlipOnce(PipelineCallback):
+    """A callback of diffusers' own kind."""
+
+    tensor_inputs = ["latents"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == self.config.cutoff_step_index:
+            callback_kwargs["latents"] = callback_kwargs["latents"].flip(-1)
+        return callback_kwargs
+
+
+def test_callbacks_of_diffusers_work(pipe):
+    by_hand = latents_of(pipe, Record(lambda step, x: {"latents": x.flip(-1)} if step == 1 else {}))
+    callback = FlipOnce(cutoff_step_ratio=None, cutoff_step_index=1)
+    assert torch.equal(latents_of(pipe, callback), by_hand)
+    assert torch.equal(latents_of(pipe, MultiPipelineCallbacks([callback])), by_hand)
+
+
+def test_the_chunk_callback_sees_and_steers(pipe):
+    seen = []
+
+    def steer(pipe, index, media_time, given):
+        seen.append((index, media_time, given["chunk"].frames))
+        if index == 0:
+            given["stream"].prompt(CAT, "cross_only")
+
+    video = pipe(FOX, 21, seed=2, output_type="np", callback_on_chunk_end=steer).frames
+    assert [(index, time) for index, time, _ in seen] == [(0, 0), (1, 9 / 16)]
+    shown = np.concatenate([frames for *_, frames in seen])
+    assert np.array_equal(shown.astype(np.float32) / 255, video[0])
+    stream = pipe.stream(FOX, seed=2, blocks=2)
+    next(stream)
+    stream.prompt(CAT, "cross_only")
+    assert np.array_equal(next(stream).frames, seen[1][2])
+
+
+@pytest.mark.parametrize("when", ["callback_on_step_end", "callback_on_chunk_end"])
+def test_an_interrupted_call_ends_with_the_chunk(pipe, when):
+    def interrupt(pipe, index, time, given):
+        pipe._interrupt = index == 1
+
+    video = pipe(FOX, 45, output_type="np", **{when: interrupt}).frames
+    assert video.shape[1] == (9 if when == "callback_on_step_end" else 21)
+    assert pipe(FOX, 45, output_type="np").frames.shape[1] == 45  # the next call runs through
+
+
+def test_an_exception_in_a_callback_ends_the_call(pipe):
+    def fail(*_):
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        pipe(FOX, 9, callback_on_step_end=fail)
+
+
+def test_progress_counts_chunks(pipe, capsys):
+    pipe.set_progress_bar_config(desc="chunks")
+    try:
+        pipe(FOX, 21, output_type="latent")
+    finally:
+        pipe.set_progress_bar_config(disable=True)
+    assert re.search(r"chunks: 100%.*2/2", capsys.readouterr().err)
+    pipe(FOX, 21, output_type="latent")
+    assert "2/2" not in capsys.readouterr().err
 
 
 def test_the_reference_order_needs_a_length(pipe):
