@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CORES := $(shell nproc)
 # No question about newer versions of pip, no build environment of its own: works without a network
 # once everything is installed.
 INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
@@ -34,7 +35,8 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 test: lint browser
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --ignore tests/app
+	$(BIN)/pytest tests/app  # in real time: alone
 
 # Pages are tested in a real browser: the distribution's, where there is none yet.
 browser:
@@ -43,7 +45,6 @@ browser:
 
 # The embedded model from nothing; every step goes on where it was stopped.
 TRAIN := $(BIN)/streamvid train configs/train
-CORES := $(shell nproc)
 .PHONY: diorama
 diorama: .venv/installed-dev
 	$(TRAIN)/diorama_text.yaml
