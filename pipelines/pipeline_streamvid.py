@@ -22,6 +22,7 @@ from streamvid.pipelines.pipeline_output import (
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from streamvid.errors import UserError
+from streamvid.given import encode_frames, fill_blocks, frames_of, given_clips
 from streamvid.methods import Method, load_method
 from streamvid.models import embedded_models
 from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
@@ -190,6 +191,8 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         noise: str | NoiseSource = "seeded",
         attention: str | None = None,
         decode_pixels: bool = True,
+        image: Any = None,
+        video: Any = None,
     ) -> VideoStream:
         """Start a stream.
 
@@ -207,7 +210,12 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
             noise: `seeded` (from seed, block and step), `reference` (the releases' draw order), or a noise source.
             attention: attention backend; default: the transformer's (`set_attention_backend`).
             decode_pixels: False leaves `chunk.videos` empty.
+            image, video: a picture or a clip to go on from (`streamvid.given` says in which forms). It is scaled to cover
+                the size, cut around its middle, encoded, and taken for blocks made before the first one; the chunks begin
+                after it. A picture stands still for one block; of a clip, the last frames that fill whole blocks are taken.
         """
+        if image is not None and video is not None:
+            raise UserError("image and video are both given: leave one of them out")
         for name, value in (
             ("fps", fps),
             ("blocks", blocks),
@@ -236,7 +244,14 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         shots = (
             None
             if plan is None
-            else timeline(plan, fps, chosen.frames_per_block, self.temporal_ratio, chosen.transition)
+            else timeline(
+                plan,
+                fps,
+                chosen.frames_per_block,
+                self.temporal_ratio,
+                chosen.transition,
+                continued=not (image is None and video is None),
+            )
         )
         size = self.latent_size(height, width)
         length = (
@@ -245,7 +260,24 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         frames = None if length is None else length * chosen.frames_per_block
         source = self._noise(noise, seed, len(prompts), frames, (self.transformer.config.in_channels, *size))
         attention = attention or self.transformer.attention_name
-        return VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
+        stream = VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
+        for kind, given in (("image", image), ("video", video)):
+            if given is not None:
+                stream.begin_with(
+                    self._given_latents(kind, given, len(prompts), size, chosen.frames_per_block)
+                )
+        return stream
+
+    def _given_latents(
+        self, kind: str, given: Any, videos: int, size: tuple[int, int], frames_per_block: int
+    ) -> torch.Tensor:
+        """Clean latents `[B, C, F, H, W]` of a given picture or clip, whole blocks."""
+        height, width = (n * self.spatial_ratio for n in size)
+        clips = [frames_of(kind, clip, height, width) for clip in given_clips(kind, given, videos)]
+        if len({len(clip) for clip in clips}) > 1:
+            raise UserError("video has clips of different lengths: cut them to one length")
+        filled = [fill_blocks(clip, frames_per_block, self.temporal_ratio) for clip in clips]
+        return encode_frames(self.vae, np.stack(filled))
 
     def load_stream(self, path: str | Path) -> VideoStream:
         """Go on with a stream that `VideoStream.save` has written.

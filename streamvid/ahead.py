@@ -38,7 +38,8 @@ def decode_ahead(stream: VideoStream) -> Iterator[Chunk]:
     before is decoded and yielded first.
     """
     vae = stream.pipe.decoder
-    decoder = decoder_state(vae)
+    # given frames have been shown to the stream's own decoder
+    decoder = stream.decoder.fork() if stream.block == 0 else decoder_state(vae)
 
     def first_half(chunk: Chunk) -> Future[Chunk]:
         nonlocal decoder

@@ -39,6 +39,8 @@ def generate(
     decoder: str = "exact",
     crf: int | None = None,
     contact_sheet: str | Path | None = None,
+    image: str | Path | None = None,
+    video: str | Path | None = None,
     quiet: bool = False,
 ) -> Path:
     """Generate a script's video; what was written before an error stays and plays.
@@ -92,6 +94,8 @@ def generate(
         noise=noise,
         attention=attention,
         decode_pixels=not beside,
+        image=image,
+        video=video,
     )
     assert stream.timeline is not None
     if not quiet:
@@ -99,6 +103,7 @@ def generate(
     sheet = ContactSheet(stream.fps) if contact_sheet else None
     config = {"model": model, **asdict(stream.method), "dtype": str(pipe.transformer.dtype), "noise": noise}
     config["decoder"] = decoder
+    config |= {name: str(given) for name, given in (("image", image), ("video", video)) if given is not None}
     with ExitStack() as stack:
         writer = stack.enter_context(open_writer(output, stream.fps, **options))
         manifest = stack.enter_context(

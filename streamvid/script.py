@@ -365,6 +365,8 @@ class Timeline:
     requested_seconds: float
     cuts: int = 0
     """Shots that begin with a cut: each restarts the decoder, whose first latent frame gives one pixel frame."""
+    continued: bool = False
+    """Whether the stream goes on from given frames: the decoder is not at its first latent frame then."""
 
     @property
     def blocks(self) -> int:
@@ -375,7 +377,7 @@ class Timeline:
     def frames(self) -> int:
         """Number of pixel frames of the whole stream."""
         whole = first_frame_of_block(self.blocks, self.frames_per_block, self.temporal_ratio)
-        return whole - self.cuts * (self.temporal_ratio - 1)
+        return whole - (self.cuts - self.continued) * (self.temporal_ratio - 1)
 
     @property
     def seconds(self) -> float:
@@ -395,12 +397,17 @@ def first_frame_of_block(block: int, frames_per_block: int, temporal_ratio: int 
 
 
 def timeline(
-    script: Script, fps: float, frames_per_block: int, temporal_ratio: int = 4, transition: str | None = None
+    script: Script,
+    fps: float,
+    frames_per_block: int,
+    temporal_ratio: int = 4,
+    transition: str | None = None,
+    continued: bool = False,
 ) -> Timeline:
     """Start every shot on the block boundary nearest to the second that it asks for (of two, the earlier).
 
     The stream lasts at least as long as the script. Two shots on one block are an error. `transition` is that of shots
-    which name none.
+    which name none; a `continued` stream goes on from given frames, which are not part of it.
     """
     if not (isinstance(fps, (int, float)) and math.isfinite(fps) and fps > 0):
         raise UserError(f"fps is {fps} but must be a number above 0; give another frame rate")
@@ -409,10 +416,10 @@ def timeline(
         raise UserError(f"{sizes} but both must be at least 1; correct them")
     block_frames = frames_per_block * temporal_ratio
 
-    lost = 0  # frames that the cuts so far took
+    lost = -continued * (temporal_ratio - 1)  # frames that the cuts so far took, and that given frames added
 
     def boundary(block: int) -> int:
-        return first_frame_of_block(block, frames_per_block, temporal_ratio) - lost
+        return first_frame_of_block(block, frames_per_block, temporal_ratio) - (lost if block else 0)
 
     def blocks_before(frame: float) -> int:
         """Largest block that starts at `frame` or before."""
@@ -459,7 +466,8 @@ def timeline(
         frames_per_block=frames_per_block,
         temporal_ratio=temporal_ratio,
         requested_seconds=script.duration,
-        cuts=lost // max(1, temporal_ratio - 1),
+        cuts=lost // max(1, temporal_ratio - 1) + continued,
+        continued=continued,
     )
 
 

@@ -108,6 +108,7 @@ class VideoStream:
         self.decoder: VaeState = decoder_state(pipe.decoder)
         self.noise = noise
         self.origin = noise_state(noise)  # where a reset goes back to
+        self.given: torch.Tensor | None = None
         self.current = first
         self.blend: _Blend | None = None
         self._prompt_kv: tuple[tuple[str, ...], torch.Tensor, PromptKV] | None = None
@@ -124,6 +125,30 @@ class VideoStream:
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
+
+    def begin_with(self, latents_BCFHW: torch.Tensor) -> None:
+        """Before the first block: go on from given clean latents, whole blocks of them; also after every `reset`.
+
+        They become the blocks before block 0: written into the window by context passes under the first prompt, as if the
+        stream had made them, and shown to the decoder, so that the first chunk goes on where they end. (Where a full window
+        is compressed, the clean frames' queries choose the tokens: there are no noisy ones.)
+        """
+        with self.between_chunks(), _plain_tensors():
+            self.given = latents_BCFHW.clone()
+            self._show_given()
+
+    def _show_given(self) -> None:
+        if self.given is None:
+            return
+        blocks = self.given.to(self.cache.keys).split(self.method.frames_per_block, 2)
+        self.cache.planner.next_block = -len(blocks)
+        state = _Next(self.current, self.noise, self.steps, self.decoder)
+        inputs = self._inputs(state, self._prompt_keys(state))
+        for latents in blocks:
+            plan = self.cache.planner.plan()
+            self.cache.begin(plan)
+            self.cache.commit(self.sampler.context_pass(inputs, plan, latents), latents)
+            decode_to_bytes(self.pipe.decoder, latents, self.decoder)
 
     def prompt(self, text: str | list[str], policy: str | None = None) -> Receipt:
         """Switch to another prompt at the next block; thread-safe, the last call before the block wins.
@@ -308,6 +333,7 @@ class VideoStream:
         self.decoder = decoder_state(self.pipe.decoder)
         self.steps = self._steps(self.method.denoising_steps)
         self.block, self.frames_shown, self.blend = 0, 0, None
+        self._show_given()
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -367,6 +393,7 @@ class VideoStream:
             "steps": self.steps,
             "noise": noise_state(self.noise),
             "origin": self.origin,
+            "given": self.given,
             "blend": blend and {"old": blend.old, "new": blend.new, "start": blend.start},
             "cache": self.cache.state_dict(compact),
             "sampler": self.sampler.state_dict(),
@@ -379,7 +406,7 @@ class VideoStream:
             self.block, self.frames_shown, self.steps = state["block"], state["frames_shown"], state["steps"]
             self.current = PromptChange(**state["current"])
             self.noise = noise_from(state["noise"], self.pipe.transformer.device)
-            self.origin = state["origin"]
+            self.origin, self.given = state["origin"], state["given"]
             policy = switch_policy(self.current.policy or self.method.transition)
             self.blend = None if state["blend"] is None else _Blend(**state["blend"], policy=policy)
             self.cache.load_state_dict(state["cache"])
@@ -387,7 +414,7 @@ class VideoStream:
             self.decoder = decoder_state(self.pipe.decoder)
             if state["decoder"] is not None:
                 self.decoder.load_state_dict(state["decoder"])
-            elif self.block > 0:
+            elif self.cache.planner.next_frame > 0:
                 self._rebuild()
 
     def _rebuild(self) -> None:

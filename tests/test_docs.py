@@ -54,6 +54,18 @@ def test_a_command_that_does_not_exist_is_found_out():
         build_parser().parse_args(["generate", "a fox [1s]", "--sead", "1"])
 
 
+def test_the_guide_to_streams_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "streams.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert names["again"].block == 5 and {path.name for path in tmp_path.iterdir()} == {
+        "cube.stream",
+        "small.stream",
+    }
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):

@@ -44,6 +44,9 @@ def add(commands) -> None:
         action="store_true",
         help="compare the backend with the reference here before starting",
     )
+    given = command.add_mutually_exclusive_group()
+    given.add_argument("--image", metavar="FILE", help="go on from this picture")
+    given.add_argument("--video", metavar="FILE", help="go on from the end of this clip")
     command.add_argument("--crf", type=int, help="quality of an MP4: lower is better (default 18)")
     command.add_argument(
         "--contact-sheet",
@@ -87,6 +90,8 @@ def run(options) -> None:
         decoder=options.decoder,
         crf=options.crf,
         contact_sheet=sheet,
+        image=options.image,
+        video=options.video,
         quiet=options.quiet,
     )
     if not options.quiet:
