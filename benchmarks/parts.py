@@ -72,10 +72,10 @@ def decoding(pipe, plain_vae, tiny, rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = in_turns(routes, rounds)
     result["plain"] = round(result["plain"] * 12 / 13, 2)  # it also makes the frame before
     result["exact_faster_than_plain"] = round(result["plain"] / result["exact"], 3)
-    quality = {"exact": pipe.vae} if tiny is None else {"exact": pipe.vae, "tiny": tiny}
-    for name, decoder in quality.items():
-        chosen = None if name == "exact" else decoder
-        result[f"psnr_{name}"] = reconstruction_quality(pipe.vae, clips=6, frames=81, decoder=chosen)["psnr"]
+    if tiny is not None:
+        for name, decoder in (("exact", None), ("tiny", tiny)):
+            quality = reconstruction_quality(pipe.vae, clips=6, frames=81, decoder=decoder)
+            result[f"psnr_{name}"] = quality["psnr"]
     return result
 
 
@@ -117,7 +117,7 @@ def main() -> None:
         "denoising_ms_per_block": denoising(pipe, options.rounds),
     }
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    with replace_atomically(options.output) as temporary:
+    with replace_atomically(Path(options.output)) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
