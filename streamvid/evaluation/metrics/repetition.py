@@ -169,7 +169,7 @@ class Jumps(Descriptors):
         switches = [part.start for part in self.clip.video.segments[1:]]
         found = [
             (i + 1) * self.step
-            for i in np.flatnonzero(steps > limit)
+            for i in np.flatnonzero(steps > limit).tolist()
             if not any(0 <= (i + 1) * self.step - s <= self.clip.fps for s in switches)
         ]
         return ok(60 * len(found) / self.clip.seconds, details={"frames": found})
