@@ -8,10 +8,22 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from streamvid.commands import compare, convert, eval, generate, info, kernels, methods, parity, script, train
+from streamvid.commands import (
+    app,
+    compare,
+    convert,
+    eval,
+    generate,
+    info,
+    kernels,
+    methods,
+    parity,
+    script,
+    train,
+)
 from streamvid.errors import UserError
 
-COMMANDS = (generate, script, info, methods, compare, eval, train, parity, kernels, convert)
+COMMANDS = (generate, app, script, info, methods, compare, eval, train, parity, kernels, convert)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -70,7 +70,8 @@ def test_wheel_holds_every_module_and_config(wheel):
         inside = PurePosixPath("streamvid") / file if file.parts[0] in NEVER_BARE else file
         package = inside.parts[0] == "streamvid" and inside.suffix == ".py"
         config = inside.parts[:2] == ("streamvid", "configs") and inside.suffix in (".yaml", ".json")
-        if package or config:
+        page = inside.parts[:3] == ("streamvid", "app", "static")
+        if package or config or page:
             expected.add(str(inside))
     assert {"streamvid/__init__.py", "streamvid/kernels/__init__.py", "streamvid/app/__init__.py"} <= expected
     assert sorted(expected - names) == []  # a new folder must be named under [tool.setuptools] packages
