@@ -181,7 +181,7 @@ def _vae_ceiling(
         with torch.no_grad():
             latents = encode(pipe.vae, pixels, encoder_state(pipe.vae), None)
         right.append(_probe_tail(pipe, probe, [latents], windows=1) == torch.tensor(scene.labels()))
-    quality = reconstruction_quality(pipe.vae, clips=8, frames=81)
+    quality = reconstruction_quality(pipe.vae, clips=24, frames=81)
     return {
         **_accuracies(torch.cat(right).float()),
         "psnr": quality["psnr"],
