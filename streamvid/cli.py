@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 import warnings
@@ -35,6 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 done, 1 failed check, 2 user mistake, 130 interrupted)."""
+    _quiet_torchao()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
         try:
@@ -52,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             _tell("streamvid: interrupted; what was written so far is kept")
             return 130
+
+
+def _quiet_torchao() -> None:
+    """Where it is installed, diffusers imports it, and five lines tell what it could not load and nobody asked for."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _tell(message: str) -> None:
