@@ -145,7 +145,7 @@ def test_forwards_per_block():
     calls, stream = [], start(blocks=7)
     model = tiny.pipeline().transformer
     hook = model.register_forward_pre_hook(
-        lambda module, args: calls.append((stream.block, args[0].shape[2] // SIZE))
+        lambda module, args: calls.append((stream.block, args[0].shape[2] // SIZE)) if args else None
     )
     try:
         list(stream)
@@ -180,7 +180,9 @@ def test_a_switch_keeps_the_blocks_under_way():
     list(islice(stream, 5))
     under_way = {block: noisy.clone() for block, (noisy, _) in stream.sampler.joint.items()}
     seen = []
-    hook = tiny.pipeline().transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = tiny.pipeline().transformer.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0]) if args else None
+    )
     stream.prompt(CAT, policy="cross_only")
     next(stream)
     hook.remove()

@@ -65,12 +65,13 @@ class Discriminator(nn.Module):
     def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         model = self._model[0]
         seen: list[torch.Tensor] = []
+        prompt_kv = model.prompt_kv(text)  # calls the blocks too
         hooks = [
             model.blocks[depth - 1].register_forward_hook(lambda module, args, output: seen.append(output))
             for depth in self.depths
         ]
         try:
-            model(noisy, timestep, prompt_kv=model.prompt_kv(text), return_dict=False)
+            model(noisy, timestep, prompt_kv=prompt_kv, return_dict=False)
         finally:
             for hook in hooks:
                 hook.remove()
