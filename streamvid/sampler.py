@@ -64,7 +64,7 @@ def few_step_block(
     x_t = noise(plan.block, 0, frames).to(**like)
     timestep = torch.empty(x_t.shape[0], frames, device=transformer.device)
     unipc = UniPC(steps) if solver == "unipc" else None
-    for index, (t, sigma) in enumerate(steps):
+    for index, (t, sigma) in enumerate(steps[: last + 1]):
         output = transformer(x_t, timestep.fill_(t), prompt_kv=prompt_kv, context=context, return_dict=False)[
             0
         ]

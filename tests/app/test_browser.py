@@ -233,7 +233,7 @@ def test_cut_reset_stop_and_start_again(fake_server, open_page):
     page.click("[data-action=stop]")
     page.wait_for_function("document.querySelector('#sv-status').dataset.state === 'ended'")
     page.click("#sv-start")
-    page.wait_for_function("studio.active.status === 'running' && studio.active.player.began")
+    page.wait_for_function("studio.active?.status === 'running' && studio.active.player.began")
     assert page.errors == []
 
 
@@ -310,7 +310,7 @@ def test_the_queue_shows_the_place_and_starts_by_itself(open_page):
         second.click("#sv-start")
         second.wait_for_function("document.querySelector('#sv-queue').textContent.includes('number 1')")
         first.click("[data-action=stop]")
-        second.wait_for_function("studio.active.status === 'running' && studio.active.player.began")
+        second.wait_for_function("studio.active?.status === 'running' && studio.active.player.began")
 
 
 def test_slower_than_real_time_plays_at_the_true_rate_without_freezing(open_page):

@@ -225,7 +225,7 @@ def test_twenty_sessions_are_all_served_in_order_none_mixed_and_memory_is_back(m
         running = [s for s in streams if s.status == RUNNING]
         most = max(most, len(running))
         for stream in running:
-            if stream.chunks >= 2:
+            if stream.chunks >= 2 and stream not in order:  # it ends a moment after it is closed
                 order.append(stream)
                 stream.close()
         time.sleep(0.005)
