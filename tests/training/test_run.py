@@ -83,7 +83,7 @@ MISTAKES = {
     "unknown kind": (
         "kind: fox\nstage: {}\n" + TRAINER,
         [],
-        "kind = 'fox' is not known: choose one of vae, text",
+        "kind = 'fox' is not known: choose one of vae, tiny_decoder, text",
     ),
     "stage is a list": ("kind: text\nstage: [1]\n" + TRAINER, [], r"stage = \[1\] must be a mapping"),
     "no trainer": ("kind: text\nstage: {}\n", [], "trainer.output is missing"),
