@@ -63,6 +63,7 @@ def quality_lines() -> str:
             f"After a switch, changed attributes are right in {switch['changed']['accuracy']:.3f} of "
             f"{switch['changed']['count']} cases, kept ones in {switch['kept']['accuracy']:.3f}. "
             f"VAE: {vae['psnr']} dB over 81 frames.",
+            *(["", f"Note: {result['note']}."] if "note" in result else []),
         ]
     )
 
