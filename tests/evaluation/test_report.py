@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 from reference import SCORING, clip
-from test_run import SETTINGS, write
+from test_eval_run import SETTINGS, write
 
 from streamvid.cli import main
 from streamvid.errors import UserError
