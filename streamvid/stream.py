@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,9 @@ from streamvid.chunk import Chunk, Clock
 from streamvid.context import ContextCache
 from streamvid.control import Mailbox, PromptChange, Receipt, Restart, StreamState
 from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
+from streamvid.direction import Blend, BlockSetup, Director, PromptKeys
 from streamvid.errors import UserError
-from streamvid.methods import SHOT_OPTION_NAMES, Method
+from streamvid.methods import Method
 from streamvid.noise import (
     NoiseSource,
     ReferenceNoise,
@@ -41,7 +42,7 @@ from streamvid.noise import (
 from streamvid.sampler import BlockInputs
 from streamvid.saving import options_of, save_stream
 from streamvid.script import Timeline, TimelineShot
-from streamvid.switching import SwitchPolicy, switch_policy
+from streamvid.switching import switch_policy
 from streamvid.transformer import PromptKV
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ class VideoStream:
         self.blocks = min(lengths, default=None)
         config = pipe.transformer.config
         self.latent_size, self.attention, self.decode_pixels = latent_size, attention, decode_pixels
-        self.steps = self._steps(method.denoising_steps)
+        device, dtype = pipe.transformer.device, pipe.transformer.dtype
+        self.prompt_keys = PromptKeys(pipe, device, dtype)
+        self.director = Director(pipe, method, timeline, self.prompt_keys)
+        self.steps = self.director.steps(method.denoising_steps)
         self.sampler = method.new_sampler()
         with _plain_tensors():
             self.cache = ContextCache(
@@ -98,8 +102,8 @@ class VideoStream:
                 grid=pipe.transformer.token_grid(*latent_size),
                 latent_shape=(config.in_channels, *latent_size),
                 batch=len(first.prompts),
-                dtype=pipe.transformer.dtype,
-                device=pipe.transformer.device,
+                dtype=dtype,
+                device=device,
                 attention=attention,
                 **method.cache_options(),
             )
@@ -110,18 +114,16 @@ class VideoStream:
         self.origin = noise_state(noise)  # where a reset goes back to
         self.given: torch.Tensor | None = None
         self.current = first
-        self.blend: _Blend | None = None
-        self._prompt_kv: tuple[tuple[str, ...], torch.Tensor, PromptKV] | None = None
+        self.blend: Blend | None = None
         self.mailbox = Mailbox()
         self._running = threading.Event()  # not while paused
         self._running.set()
         self._making = threading.RLock()  # held while a block is made
         self._busy = False
         self._closed = False
-        for shot in (
-            timeline.shots if timeline is not None else ()
-        ):  # an impossible one is refused now, not in minutes
-            self._after(self._change_to(shot))
+        for shot in timeline.shots if timeline is not None else ():
+            # an impossible one is refused now, not in minutes
+            self.director.after(self._setup, self.director.change_to(shot, len(first.prompts)), 0)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -142,8 +144,7 @@ class VideoStream:
             return
         blocks = self.given.to(self.cache.keys).split(self.method.frames_per_block, 2)
         self.cache.planner.next_block = -len(blocks)
-        state = _Next(self.current, self.noise, self.steps, self.decoder)
-        inputs = self._inputs(state, self._prompt_keys(state))
+        inputs = self._inputs(self._setup, self.prompt_keys.of_prompts(self.current.prompts))
         for latents in blocks:
             plan = self.cache.planner.plan()
             self.cache.begin(plan)
@@ -271,16 +272,54 @@ class VideoStream:
     def _next_chunk(self, undo: list[Callable[[], None]]) -> Chunk:
         """Make a block and commit it. `undo` takes what brings back what was changed before the commit."""
         clock = Clock()
+        setup, prompt_kv, events = self._set_up(clock, undo)
+        inputs = self._inputs(setup, prompt_kv)
+        with clock.stage("denoise"):
+            plan, latents = self.sampler.denoise(inputs)
+        with clock.stage("context"):
+            committed = self.sampler.context_pass(inputs, plan, latents)
+        with clock.stage("decode"):
+            decoder = setup.decoder.fork()
+            videos = self._pixels(latents, decoder)
+        chunk = Chunk(
+            index=self.block,
+            videos=videos,
+            latents=latents,
+            first_frame=self.frames_shown,
+            media_time=self.frames_shown / self.fps,
+            prompt=setup.current.prompts[0],
+            timings=clock.read(),
+            events=events,
+            attended=plan.attended,
+            new_scene=setup.new_scene,
+        )
+        # commit: nothing above changed what the next block is computed from
+        ratio = self.pipe.temporal_ratio
+        shown = ratio * latents.shape[2] - (0 if setup.decoder.started else ratio - 1)
+        self.cache.commit(committed, latents)
+        self.sampler.commit()
+        self.current, self.noise, self.steps = setup.current, setup.noise, setup.steps
+        self.blend, self.decoder = setup.blend, decoder
+        self.block += 1
+        self.frames_shown += shown
+        self.mailbox.applied(chunk.index, chunk.media_time)
+        return chunk
+
+    def _set_up(
+        self, clock: Clock, undo: list[Callable[[], None]]
+    ) -> tuple[BlockSetup, PromptKV, tuple[str, ...]]:
+        """Do what was asked for: what the next block is made with, its prompt's keys and values, and what happened."""
         pending, restart = self.mailbox.take()
         events: tuple[str, ...] = ()
         if restart is not None:
             undo.append(partial(self.load_state_dict, {**self.state_dict(), "cache": self.cache.snapshot()}))
             self._begin_again(restart)
             events = ("reset",)
-        change = self._change(pending)
+        change = self.director.change(self.block, self.current, pending)
         with clock.stage("switch"):
-            state = replace(self._after(change), new_scene=restart is not None)
-            prompt_kv = self._prompt_keys(state)
+            setup = self.director.after(self._setup, change, self.block)
+            setup = replace(setup, new_scene=restart is not None)
+            prompt_kv = self.prompt_keys.of_block(setup, self.block)
             if change is not None and self.block > 0:
                 name = change.policy or self.method.transition
                 policy = switch_policy(name)
@@ -288,38 +327,8 @@ class VideoStream:
                 policy.apply(self.cache, lambda plan: self._context_pass(plan, prompt_kv))
                 events = (*events, f"switch:{name}")
                 if policy.restarts_decoder:
-                    state = replace(state, decoder=decoder_state(self.pipe.decoder), new_scene=True)
-        inputs = self._inputs(state, prompt_kv)
-        with clock.stage("denoise"):
-            plan, latents = self.sampler.denoise(inputs)
-        with clock.stage("context"):
-            committed = self.sampler.context_pass(inputs, plan, latents)
-        with clock.stage("decode"):
-            decoder = state.decoder.fork()
-            videos = self._pixels(latents, decoder)
-        ratio = self.pipe.temporal_ratio
-        shown = ratio * latents.shape[2] - (0 if state.decoder.started else ratio - 1)
-        chunk = Chunk(
-            index=self.block,
-            videos=videos,
-            latents=latents,
-            first_frame=self.frames_shown,
-            media_time=self.frames_shown / self.fps,
-            prompt=state.current.prompts[0],
-            timings=clock.read(),
-            events=events,
-            attended=plan.attended,
-            new_scene=state.new_scene,
-        )
-        # commit: nothing above changed what the next block is computed from
-        self.cache.commit(committed, latents)
-        self.sampler.commit()
-        self.current, self.noise, self.steps, self.decoder = state.current, state.noise, state.steps, decoder
-        self.blend = state.blend
-        self.block += 1
-        self.frames_shown += shown
-        self.mailbox.applied(chunk.index, chunk.media_time)
-        return chunk
+                    setup = replace(setup, decoder=decoder_state(self.pipe.decoder), new_scene=True)
+        return setup, prompt_kv, events
 
     def _begin_again(self, restart: Restart) -> None:
         """Block 0 comes next, under the current prompt."""
@@ -331,7 +340,7 @@ class VideoStream:
         self.cache.clear()
         self.sampler = self.method.new_sampler()
         self.decoder = decoder_state(self.pipe.decoder)
-        self.steps = self._steps(self.method.denoising_steps)
+        self.steps = self.director.steps(self.method.denoising_steps)
         self.block, self.frames_shown, self.blend = 0, 0, None
         self._show_given()
 
@@ -408,7 +417,7 @@ class VideoStream:
             self.noise = noise_from(state["noise"], self.pipe.transformer.device)
             self.origin, self.given = state["origin"], state["given"]
             policy = switch_policy(self.current.policy or self.method.transition)
-            self.blend = None if state["blend"] is None else _Blend(**state["blend"], policy=policy)
+            self.blend = None if state["blend"] is None else Blend(**state["blend"], policy=policy)
             self.cache.load_state_dict(state["cache"])
             self.sampler.load_state_dict(state["sampler"])
             self.decoder = decoder_state(self.pipe.decoder)
@@ -419,143 +428,41 @@ class VideoStream:
 
     def _rebuild(self) -> None:
         """Keys, values and the decoder's memory, from the clean latents of a compact state."""
-        prompt_kv = self.pipe.transformer.prompt_kv(self._told())
+        told = self.prompt_keys.told(self._setup, self.block - 1)
+        prompt_kv = self.pipe.transformer.prompt_kv(told)
         self.cache.rebuild(lambda plan: self._context_pass(plan, prompt_kv))
         for latents in self.cache.latest_latents().split(self.method.frames_per_block, 2):
             self._pixels(latents, self.decoder)
 
     # --- parts of a block -------------------------------------------------------------------------------------------
 
-    def _change(self, pending: PromptChange | None) -> PromptChange | None:
-        """The change at this block: a shot that starts here, or a live prompt, which replaces the words of a shot only."""
-        scripted = None
-        if self.timeline is not None:
-            shot = self.timeline.shot_of_block(self.block)
-            scripted = self._change_to(shot) if shot.first_block == self.block else None
-        if pending is None:
-            return scripted
-        base = scripted or replace(self.current, policy=None)
-        return replace(base, prompts=pending.prompts, policy=pending.policy or base.policy)
+    @property
+    def _setup(self) -> BlockSetup:
+        """What the latest block was made with."""
+        return BlockSetup(self.current, self.noise, self.steps, self.decoder, self.blend)
 
-    def _change_to(self, shot: TimelineShot) -> PromptChange:
-        prompts = self.pipe.check_prompts(shot.prompt) * len(self.current.prompts)
-        return PromptChange(prompts, shot.transition, shot.seed, shot.overrides)
-
-    def _after(self, change: PromptChange | None) -> _Next:
-        """What the next block is made with."""
-        state = _Next(self.current, self.noise, self.steps, self.decoder, self.blend)
-        if change is None:
-            return state
-        policy = switch_policy(change.policy or self.method.transition)
-        for name in change.overrides:
-            if name not in SHOT_OPTION_NAMES:
-                raise UserError(
-                    f"overrides.{name} cannot change within a stream: a shot may override {', '.join(SHOT_OPTION_NAMES)}"
-                )
-        levels = self.method.with_overrides(change.overrides).denoising_steps
-        noise = self.noise
-        if change.seed is not None:
-            if not isinstance(noise, SeededNoise):
-                raise UserError(
-                    "seed of a shot needs noise = seeded: the reference draw order has one seed only"
-                )
-            noise = SeededNoise([change.seed + i for i in range(len(noise.seeds))], noise.frame_shape)
-        steps = self._steps(levels)
-        if len(steps) != len(self.steps) and self.method.sampler == "rolling":
-            raise UserError(
-                f"denoising_steps of a shot has {len(steps)} levels, and with sampler = rolling each of the stream's "
-                f"{len(self.steps)} has its block in the window: give as many"
-            )
-        blend = None
-        if policy.blocks > 1 and self.block > 0:
-            blend = _Blend(self._told(), self._encode(change.prompts), self.block, policy)
-        return replace(state, current=change, noise=noise, steps=steps, blend=blend)
-
-    def _steps(self, levels: tuple[float, ...] | None) -> tuple[tuple[float, float], ...]:
-        """Timestep and sigma of every denoising step."""
-        scheduler = self.pipe.scheduler
-        if self.method.solver == "unipc":
-            return scheduler.unsnapped(levels or scheduler.config.denoising_steps)
-        timesteps = scheduler.steps if levels is None else scheduler.warped(levels)
-        return tuple((t, float(scheduler.sigma(torch.tensor(t)))) for t in timesteps)
-
-    def _prompt_keys(self, state: _Next) -> PromptKV:
-        """Cross-attention keys and values of the next block, computed once per prompt."""
-        if state.blend is not None and state.blend.share(self.block) < 1:
-            return self.pipe.transformer.prompt_kv(state.blend.embedding(self.block))
-        return self._keys_of(state.current.prompts)
-
-    def _keys_of(self, prompts: tuple[str, ...]) -> PromptKV:
-        if self._prompt_kv is None or self._prompt_kv[0] != prompts:
-            embeddings = self._encode(prompts)
-            self._prompt_kv = (prompts, embeddings, self.pipe.transformer.prompt_kv(embeddings))
-        return self._prompt_kv[2]
-
-    def _encode(self, prompts: tuple[str, ...]) -> torch.Tensor:
-        if self._prompt_kv is not None and self._prompt_kv[0] == prompts:
-            return self._prompt_kv[1]
-        return self.pipe.encode_prompt(list(prompts)).to(self.cache.keys)
-
-    def _told(self) -> torch.Tensor:
-        """The embedding that the latest block was told."""
-        if self.blend is not None:
-            return self.blend.embedding(self.block - 1)
-        return self._encode(self.current.prompts)
-
-    def _inputs(self, state: _Next, prompt_kv: PromptKV) -> BlockInputs:
+    def _inputs(self, setup: BlockSetup, prompt_kv: PromptKV) -> BlockInputs:
         return BlockInputs(
             self.pipe.transformer,
             self.pipe.scheduler,
-            state.steps,
+            setup.steps,
             prompt_kv,
             self.cache,
-            correlated(state.noise, self.method.noise_correlation),
+            correlated(setup.noise, self.method.noise_correlation),
             self.blocks,
             self.method.context_timestep,
-            state.new_scene,
+            setup.new_scene,
         )
 
     def _context_pass(self, plan, prompt_kv: PromptKV) -> None:
         """Replay a plan's clean latents at t = 0, rewriting their keys and values (`cache.begin` was called)."""
-        state = _Next(self.current, self.noise, self.steps, self.decoder, self.blend)
-        self._inputs(state, prompt_kv).context_pass(self.cache.clean_latents(plan))
+        self._inputs(self._setup, prompt_kv).context_pass(self.cache.clean_latents(plan))
 
     def _pixels(self, latents_BCFHW: torch.Tensor, decoder: VaeState) -> np.ndarray:
         if not self.decode_pixels:
             decoder.started = True
             return np.zeros((latents_BCFHW.shape[0], 0, 0, 0, 3), np.uint8)
         return decode_to_bytes(self.pipe.decoder, latents_BCFHW, decoder)
-
-
-@dataclass(frozen=True)
-class _Next:
-    """What a block is made with; becomes the stream's state when the block is done."""
-
-    current: PromptChange
-    noise: NoiseSource
-    steps: tuple[tuple[float, float], ...]
-    decoder: VaeState
-    blend: _Blend | None = None
-    new_scene: bool = False
-
-
-@dataclass(frozen=True)
-class _Blend:
-    """A prompt change spread over several blocks: from which embedding to which, since which block."""
-
-    old: torch.Tensor
-    new: torch.Tensor
-    start: int
-    policy: SwitchPolicy
-
-    def share(self, block: int) -> float:
-        """How much of the new prompt `block` is told."""
-        return (block - self.start + 1) / self.policy.blocks
-
-    def embedding(self, block: int) -> torch.Tensor:
-        """What `block` is told."""
-        share = self.share(block)
-        return self.new if share >= 1 else self.policy.mix(self.old, self.new, share)
 
 
 @contextmanager

@@ -202,7 +202,9 @@ def test_a_snapshot_brings_back_what_was_stored(kv_dtype):
     cache = stream.cache
     frames = cache.planner.live_frames
     before, snapshot = [t.clone() for t in cache.stored(1, frames)], cache.snapshot()
-    switch_policy("recache").apply(cache, lambda plan: stream._context_pass(plan, stream._keys_of((CAT,))))
+    switch_policy("recache").apply(
+        cache, lambda plan: stream._context_pass(plan, stream.prompt_keys.of_prompts((CAT,)))
+    )
     assert not torch.equal(cache.stored(1, frames)[0], before[0])
     cache.load_state_dict(snapshot)
     assert all(map(torch.equal, before, cache.stored(1, frames)))

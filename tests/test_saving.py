@@ -74,7 +74,9 @@ def go_on(stream) -> list:
 
 # what no block needs of the one before it, and what a stream shares with its copies
 SCRATCH = {
-    "VideoStream": {"pipe", "_running", "_making", "_prompt_kv"},
+    "VideoStream": {"pipe", "_running", "_making"},
+    "Director": {"pipe"},
+    "PromptKeys": {"pipe", "latest"},
     "Mailbox": {"_lock", "_taken"},
     "ContextCache": {"_own", "_rotation", "_length", "_mask", "_raw_tokens", "_plan", "_begun", "_frozen_runs",
                      "_query_rotation", "_key_scale", "spare",

@@ -240,7 +240,7 @@ def test_a_chunk_commits_whole_or_not_at_all(method, switch):
 
         stream, chunks = stream_before_block_5()
         for call in range(calls):
-            stream._prompt_kv = None  # made anew, so that every attempt has all its calls
+            stream.prompt_keys.latest = None  # made anew, so that every attempt has all its calls
             trap.left, trap.error = call, (KeyboardInterrupt, MemoryError)[call % 2]()
             with pytest.raises(type(trap.error)):
                 next(stream)
