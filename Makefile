@@ -52,3 +52,16 @@ diorama: .venv/installed-dev
 	$(TRAIN)/diorama_latents.yaml --processes $(CORES)
 	$(TRAIN)/diorama_student.yaml --processes $(CORES)
 	$(TRAIN)/diorama_assemble.yaml
+
+# The published chain of stages from the shipped world, VAE and text encoder, and what each stage gains; also goes on where it
+# was stopped. Hours per stage: docs/diorama.md.
+.PHONY: chain
+chain: .venv/installed-dev
+	$(TRAIN)/diorama_chain_clips.yaml --processes $(CORES)
+	$(TRAIN)/diorama_chain_teacher.yaml --processes $(CORES)
+	$(TRAIN)/diorama_chain_causal.yaml --processes $(CORES)
+	$(TRAIN)/diorama_chain_few_step.yaml --processes $(CORES)
+	$(TRAIN)/diorama_chain_self_forcing.yaml --processes $(CORES)
+	$(TRAIN)/diorama_chain_long.yaml --processes $(CORES)
+	$(TRAIN)/diorama_chain_assemble.yaml
+	$(BIN)/python -m streamvid.evaluation.stage_table configs/stages/diorama_chain.yaml --processes $(CORES)

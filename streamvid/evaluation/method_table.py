@@ -21,7 +21,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -33,6 +33,7 @@ import torch
 
 from streamvid.decoding import decode, decoder_state
 from streamvid.evaluation.curves import look
+from streamvid.evaluation.stored import stored
 from streamvid.io.files import replace_atomically
 from streamvid.methods import load_method, method_names
 from streamvid.models import DEFAULT_MODEL, load_pipeline, load_probe
@@ -61,6 +62,12 @@ def cases(prompts: int, seed: int = 2025) -> list[dict[str, Any]]:
         texts = describe(scene, rng), describe(changed, rng)
         chosen.append({"labels": (scene.labels(), changed.labels()), "texts": texts})
     return chosen
+
+
+def all_jobs(prompts: int, seeds: Sequence[int]) -> list[Job]:
+    """Every case with every seed, seed by seed."""
+    chosen = cases(prompts)
+    return [(case, 1000 * index + seed) for seed in seeds for index, case in enumerate(chosen)]
 
 
 # --- windows of videos ----------------------------------------------------------------------------------------------
@@ -112,13 +119,15 @@ def run(
     method: str,
     jobs: Sequence[Job],
     openings: Openings | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """One batch of videos, each with its case and seed: what is measured of each."""
-    block = load_method(method).frames_per_block
+    """One batch of videos, each with its case and seed: what is measured of each; `overrides` are the method's."""
+    block = load_method(method, overrides).frames_per_block
     before, after = ([case["texts"][part] for case, _ in jobs] for part in (0, 1))
     stream = pipe.stream(
         before,
         method=method,
+        overrides=overrides,
         seed=[s for _, s in jobs],
         blocks=-(-LATENT_FRAMES // block),
         decode_pixels=False,
@@ -207,8 +216,7 @@ class Plan(NamedTuple):
 
     @property
     def jobs(self) -> list[Job]:
-        chosen = cases(self.prompts)
-        return [(case, 1000 * index + seed) for seed in self.seeds for index, case in enumerate(chosen)]
+        return all_jobs(self.prompts, self.seeds)
 
     @property
     def batches(self) -> range:
@@ -216,15 +224,7 @@ class Plan(NamedTuple):
 
     def stored(self, method: str, part: str, make: Callable[[], Any]) -> Any:
         """What `make()` gives, from its file where that is there already."""
-        path = self.folder / method / f"{part}.json"
-        settings = {**self.settings, "batch": self.batch}
-        kept = json.loads(path.read_text()) if path.is_file() else {}
-        if kept.get("settings") != settings:
-            kept = {"settings": settings, "made": make()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_atomically(path) as temporary:
-                temporary.write_text(json.dumps(kept) + "\n")
-        return kept["made"]
+        return stored(self.folder / method / f"{part}.json", {**self.settings, "batch": self.batch}, make)
 
 
 class Worker:

@@ -46,6 +46,8 @@ class RolloutOptions:
         straight_through: gradient also through finished blocks' keys and values, as in the releases.
         rolling_share: of a rolling method's clips, how many are rolled by windows; the others block by block.
         switch_share: of streams, how many change their prompt once, or as often as the prompt set's lines say.
+        still_frames: the still at the start of a clip comes from a decoder that follows so many latent frames before it;
+            0: the whole stream.
     """
 
     frames: int = 21
@@ -57,6 +59,7 @@ class RolloutOptions:
     straight_through: bool = False
     rolling_share: float = 0.5
     switch_share: float = 1.0
+    still_frames: int = 0
 
     def check(self, frames_per_block: int, sampler: str) -> None:
         """Whether blocks fill the clips.
@@ -94,15 +97,22 @@ class Clip:
 
 
 class ClipStart:
-    """Makes frames from the middle of a stream a legal clip: follows the stream with the decoder."""
+    """Makes frames from the middle of a stream a legal clip: follows the stream with the decoder.
 
-    def __init__(self, vae: AutoencoderKLWan):
-        self.vae, self.state = vae, decoder_state(vae)
+    Args:
+        frames: only so many latent frames before a still are decoded, as the beginning of a stream; 0: all.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, frames: int = 0):
+        self.vae, self.state, self.frames = vae, decoder_state(vae), frames
 
     @torch.no_grad()
     def still(self, latents_BCFHW: torch.Tensor) -> torch.Tensor:
         """The last picture of the next frames of the stream, encoded as the first latent frame of a clip."""
-        pixels = decode(self.vae, latents_BCFHW.detach().to(self.vae.dtype), self.state, None)
+        latents = latents_BCFHW.detach().to(self.vae.dtype)
+        if self.frames and latents.shape[2] > self.frames:
+            latents, self.state = latents[:, :, -self.frames :], decoder_state(self.vae)
+        pixels = decode(self.vae, latents, self.state, None)
         picture = pixels[:, :, -1:].contiguous()
         return encode(self.vae, picture, encoder_state(self.vae), None).to(latents_BCFHW.dtype)
 
@@ -164,7 +174,7 @@ class ClipSource:
         latents, mask = rolled.latents, rolled.graded
         if o.frames > o.supervised:
             first = o.frames - o.supervised
-            still = ClipStart(self.stage.vae).still(latents[:, :, : first + 1])
+            still = ClipStart(self.stage.vae, o.still_frames).still(latents[:, :, : first + 1])
             latents = torch.cat([still, latents[:, :, first + 1 :]], 2)
             mask = torch.arange(o.supervised) >= o.overlap
         return Clip(latents, mask, prompts, exit_step, o.supervised)
@@ -189,6 +199,7 @@ class ClipSource:
             SeededNoise(seeds, stage.latent_shape),
             blocks,
             self.options.straight_through,
+            stage.options.attention,
         )
 
     def _exits(self, shared: np.random.Generator, steps: int, blocks: int) -> list[int]:
@@ -219,7 +230,8 @@ class ClipSource:
         size = self.stage.method.frames_per_block
         first = [row[0] for row in prompts]
         stream = self._stream(self.stage.method, first, batch["seeds"], o.frames // size)
-        return LongStream(stream, ClipStart(self.stage.vae), prompts, switches, told=first)
+        start = ClipStart(self.stage.vae, o.still_frames)
+        return LongStream(stream, start, prompts, switches, told=first)
 
     def _next_chunk(self, batch: dict[str, Any]) -> Clip:
         o, number = self.options, batch["number"]

@@ -3,8 +3,9 @@
 A prompt set is a text file with one prompt per line, or a JSONL file whose lines have a `prompt`, or `prompts`: the first
 and those that a stream switches to, in order.
 
-A shard folder holds `manifest.json` and safetensors files. A shard has a tensor `clips` `[N, ...]` and, as JSON in its
-metadata, one list of prompts per clip. Shards are written whole or not at all, and the manifest after them.
+A shard folder holds `manifest.json` and safetensors files. A shard has a tensor `clips` `[N, ...]` (with `weights: true` in
+the manifest also `weights` `[N, F, H, W]`, of the loss) and, as JSON in its metadata, one list of prompts per clip.
+Shards are written whole or not at all, and the manifest after them.
 """
 
 from __future__ import annotations
@@ -91,13 +92,14 @@ class ShardWriter:
     def __contains__(self, name: str) -> bool:
         return name in self.manifest["shards"]
 
-    def write(self, name: str, clips: torch.Tensor, prompts: Sequence[Sequence[str]]) -> None:
-        """One shard: clips `[N, ...]` and the prompts of each."""
+    def write(
+        self, name: str, clips: torch.Tensor, prompts: Sequence[Sequence[str]], **more: torch.Tensor
+    ) -> None:
+        """One shard: clips `[N, ...]`, the prompts of each, and more tensors `[N, ...]`."""
         path = self.folder / f"{name}.safetensors"
         with replace_atomically(path) as temporary:
-            save_file(
-                {"clips": clips.contiguous()}, temporary, {"prompts": json.dumps([list(p) for p in prompts])}
-            )
+            tensors = {name: tensor.contiguous() for name, tensor in {"clips": clips, **more}.items()}
+            save_file(tensors, temporary, {"prompts": json.dumps([list(p) for p in prompts])})
         self.manifest["shards"][name] = {"clips": len(clips), "bytes": path.stat().st_size}
         with replace_atomically(self.folder / "manifest.json") as temporary:
             temporary.write_text(json.dumps(self.manifest, indent=1, ensure_ascii=False))
@@ -119,32 +121,42 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class ClipShards:
-    """Random access to the clips of a shard folder.
+    """Random access to the clips of a shard folder, or of several one after the other.
 
     Args:
-        folder: of shards; kind: what the manifest must say (`latents` or `ode`).
+        folder: of shards, or a list of folders; kind: what the manifest must say (`latents` or `ode`).
 
     Raises:
-        UserError: no such folder, no clips, or a shard that is not as it was written.
+        UserError: no such folder, no clips, a shard that is not as it was written, or folders of different clips.
     """
 
-    def __init__(self, folder: str | Path, kind: str = "latents"):
-        self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder)
-        if self.manifest.get("kind") != kind:
-            raise UserError(
-                f"{folder} holds clips of kind {self.manifest.get('kind')!r}: give a folder of {kind!r}"
-            )
-        self.places: list[tuple[str, int]] = []
+    def __init__(self, folder: str | Path | Sequence[str | Path], kind: str = "latents"):
+        folders = [Path(folder)] if isinstance(folder, (str, Path)) else [Path(f) for f in folder]
+        self.folder = ", ".join(map(str, folders))
+        self.places: list[tuple[Path, int]] = []
         self.prompts: list[Prompts] = []
-        for name, facts in sorted(self.manifest["shards"].items()):
-            self._open(name, facts)
+        self.manifest: dict[str, Any] = {}
+        for one in folders:
+            manifest = _read_manifest(one)
+            if manifest.get("kind") != kind:
+                raise UserError(
+                    f"{one} holds clips of kind {manifest.get('kind')!r}: give a folder of {kind!r}"
+                )
+            if self.manifest and manifest.get("shape") != self.manifest["shape"]:
+                raise UserError(
+                    f"{one} holds clips of shape {manifest.get('shape')} and {folders[0]} of {self.manifest['shape']}: "
+                    "give folders of one shape"
+                )
+            weights = bool(manifest.get("weights")) and self.manifest.get("weights", True)
+            self.manifest = {**manifest, "weights": weights}
+            for name, facts in sorted(manifest["shards"].items()):
+                self._open(one, name, facts)
         if not self.places:
-            raise UserError(f"{folder} holds no clips: make some first")
+            raise UserError(f"{self.folder} holds no clips: make some first")
 
-    def _open(self, name: str, facts: Mapping[str, Any]) -> None:
-        path = self.folder / f"{name}.safetensors"
-        fix = f"delete it and its entry in {self.folder / 'manifest.json'}, and make it again"
+    def _open(self, folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+        path = folder / f"{name}.safetensors"
+        fix = f"delete it and its entry in {folder / 'manifest.json'}, and make it again"
         if not path.is_file():
             raise UserError(f"shard {path} is missing: {fix}")
         if path.stat().st_size != facts["bytes"]:
@@ -157,7 +169,7 @@ class ClipShards:
             raise UserError(f"shard {path} is damaged: {fix}") from None
         if count != facts["clips"] or len(prompts) != count:
             raise UserError(f"shard {path} does not hold {facts['clips']} clips with prompts: {fix}")
-        self.places += [(name, index) for index in range(count)]
+        self.places += [(path, index) for index in range(count)]
         self.prompts += [tuple(p) for p in prompts]
 
     def __len__(self) -> int:
@@ -169,9 +181,24 @@ class ClipShards:
         return tuple(self.manifest["shape"])
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        name, place = self.places[index]
-        with safe_open(self.folder / f"{name}.safetensors", "pt") as file:
-            return file.get_slice("clips")[place].float()
+        return self._read("clips", index)
+
+    def _read(self, tensor: str, index: int) -> torch.Tensor:
+        path, place = self.places[index]
+        with safe_open(path, "pt") as file:
+            return file.get_slice(tensor)[place].float()
+
+    def weights(self, indices: Sequence[int]) -> torch.Tensor:
+        """Loss weights of clips, to be multiplied with their errors: `[B, 1, F, H, W]`.
+
+        Raises:
+            UserError: the clips have none.
+        """
+        if not self.manifest["weights"]:
+            raise UserError(
+                f"weighted = true needs clips with weights, and {self.folder} has none: set it to false"
+            )
+        return torch.stack([self._read("weights", i) for i in indices])[:, None]
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
         """Clips `[B, ...]` and the first prompt of each."""

@@ -3,7 +3,7 @@
 With x a generated clip, noised to x_tau, `fake` the critic's x0 of it (it knows the generator's distribution) and `real` the
 teacher's, guided:
 
-    g = (fake - real) / mean |x - real|               generator_gradient
+    g = (fake - real) / mean |x - real|               generator_gradient, the mean over a clip or (LongLive 2) over a block
     L = 1/2 mean (x - stopgrad(x - g))^2              matching_loss: its gradient by x is g / number of elements
     L_critic = mean (v_fake - (noise - x))^2          critic_loss: flow matching on generated clips
 
@@ -34,14 +34,22 @@ def guided(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float)
 
 
 def generator_gradient(
-    generated: torch.Tensor, fake: torch.Tensor, real: torch.Tensor
+    generated: torch.Tensor, fake: torch.Tensor, real: torch.Tensor, frames_per_block: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Direction in which a generated clip is too likely, and its normaliser: one per clip, over all of its frames.
 
     No gradient flows through it. A clip that equals the teacher's answer has no direction: its zeros over zero become 0.
+
+    Args:
+        frames_per_block: every block of so many frames has its own normaliser instead (LongLive 2, causal scores).
     """
     with torch.no_grad():
-        normaliser = (generated - real).abs().mean(tuple(range(1, generated.ndim)), keepdim=True)
+        apart = (generated - real).abs()
+        if frames_per_block is None:
+            normaliser = apart.mean(tuple(range(1, generated.ndim)), keepdim=True)
+        else:
+            blocks = apart.mean((1, 3, 4)).unflatten(1, (-1, frames_per_block)).mean(2)
+            normaliser = blocks.repeat_interleave(frames_per_block, 1)[:, None, :, None, None]
         return ((fake - real) / normaliser).nan_to_num(0.0), normaliser
 
 

@@ -1,6 +1,7 @@
-"""`kind: encode`: a folder of videos with captions to shards of latents, once, for all stages that need real clips.
+"""`kind: encode`: videos with captions to shards of latents, once, for all stages that need real clips.
 
-A video `name.mp4` has its caption beside it: `name.txt`, or `name.json` with `caption` or `prompt`. Videos are cut into
+A video `name.mp4` has its caption beside it: `name.txt`, or `name.json` with `caption` or `prompt`. Videos lie in a folder,
+or in tar files in it (WebDataset's form: members that share a name up to the first dot belong together). They are cut into
 clips one after the other, at the model's frames per second, scaled and cropped to its size. What is left at a video's end
 and does not fill a clip is not used.
 """
@@ -8,8 +9,13 @@ and does not fill a clip is not used.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
@@ -27,33 +33,117 @@ from streamvid.training.datasets import ShardWriter, batches
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp")
 
 
-def captioned_videos(folder: str | Path) -> list[tuple[Path, str]]:
-    """Videos under a folder, in the order of their names, with their captions.
+@dataclass(frozen=True)
+class CaptionedVideo:
+    """A video file, or a member of a tar file, with what it shows."""
+
+    path: Path
+    caption: str
+    member: str | None = None
+
+    @contextmanager
+    def file(self) -> Iterator[Path]:
+        """The video as a file."""
+        if self.member is None:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as folder, _open_tar(self.path) as archive:
+            place = Path(folder) / ("video" + PurePosixPath(self.member).suffix)
+            place.write_bytes(_content(archive, self.path, self.member))
+            yield place
+
+
+def captioned_videos(folder: str | Path) -> list[CaptionedVideo]:
+    """Videos under a folder and in its tar files, or in one tar file, in the order of their names, with their captions.
 
     Raises:
-        UserError: there are none, or one lacks its caption.
+        UserError: there are none, one lacks its caption, or a tar file is damaged.
     """
-    videos = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEOS)
-    if not videos:
-        raise UserError(f"videos = {str(folder)!r} holds no videos: give a folder with {', '.join(VIDEOS)}")
-    return [(video, _caption(video)) for video in videos]
+    root = Path(folder)
+    files = [root] if root.is_file() else sorted(root.rglob("*"))
+    found: list[CaptionedVideo] = []
+    for path in files:
+        if path.suffix.lower() == ".tar":
+            found += _tar_videos(path)
+        elif path.suffix.lower() in VIDEOS:
+            beside = [p for p in (path.with_suffix(".txt"), path.with_suffix(".json")) if p.is_file()]
+            contents = {p.suffix: _read_beside(p, path) for p in beside}
+            text = path.with_suffix(".txt").name
+            found.append(CaptionedVideo(path, _caption(str(path), contents, text)))
+    if not found:
+        raise UserError(
+            f"videos = {str(folder)!r} holds no videos: give a folder with {', '.join(VIDEOS)}, or .tar files of them"
+        )
+    return found
 
 
-def _caption(video: Path) -> str:
-    text, facts = video.with_suffix(".txt"), video.with_suffix(".json")
+def _read_beside(path: Path, video: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"the caption beside {video} cannot be read ({type(error).__name__}): mend it"
+        ) from None
+
+
+def _tar_videos(path: Path) -> list[CaptionedVideo]:
+    """Of one tar file, by key: what comes before the first dot of a member's name."""
+    keys: dict[str, dict[str, str]] = {}
+    found = []
+    with _open_tar(path) as archive:
+        for name in _names(archive, path):
+            pure = PurePosixPath(name)
+            stem, _, suffix = pure.name.partition(".")
+            keys.setdefault(str(pure.with_name(stem)), {})["." + suffix.lower()] = name
+        for key, members in sorted(keys.items()):
+            for video in (members[suffix] for suffix in members if suffix in VIDEOS):
+                beside = {s: _content(archive, path, members[s]) for s in (".txt", ".json") if s in members}
+                where = f"{path}: {video}"
+                caption = _caption(where, beside, PurePosixPath(key).name + ".txt")
+                found.append(CaptionedVideo(path, caption, video))
+    return found
+
+
+@contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(path) as archive:
+            yield archive
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise UserError(f"{path} is no tar file that can be read ({error}): make it again") from None
+
+
+def _names(archive: tarfile.TarFile, path: Path) -> list[str]:
+    """Of the members that are files. A tar file that is cut short is told, where tarfile would stop without a word."""
+    members = archive.getmembers()
+    end = max((m.offset_data + m.size for m in members), default=0)
+    if path.stat().st_size < end + 512:
+        raise UserError(f"{path} is cut short: copy or make it again")
+    return [member.name for member in members if member.isfile()]
+
+
+def _content(archive: tarfile.TarFile, path: Path, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise UserError(f"{path}: {name} is no file: make it again")
+    return file.read()
+
+
+def _caption(video: str, beside: Mapping[Any, bytes], wanted: str) -> str:
+    """From the contents of the .txt or .json file beside a video; `wanted` is the name that a missing one should have."""
     caption = ""
     try:
-        if text.is_file():
-            caption = text.read_text(encoding="utf-8")
-        elif facts.is_file():
-            row = json.loads(facts.read_text(encoding="utf-8"))
+        if ".txt" in beside:
+            caption = beside[".txt"].decode("utf-8")
+        elif ".json" in beside:
+            row = json.loads(beside[".json"])
             caption = row.get("caption") or row.get("prompt") or ""
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"the caption beside {video} cannot be read ({type(error).__name__}): mend it"
         ) from None
     if not isinstance(caption, str) or not caption.strip():
-        raise UserError(f"{video} has no caption: write what it shows into {text.name} beside it")
+        raise UserError(f"{video} has no caption: write what it shows into {wanted} beside it")
     return " ".join(caption.split())
 
 
@@ -93,10 +183,11 @@ def encode_folder(
     device: str = "auto",
     processes: int = 1,
 ) -> None:
-    """Encode a folder; finished shards are kept, so a killed job goes on.
+    """Encode all videos; finished shards are kept, so a killed job goes on.
 
     Args:
-        videos: the folder; model: whose VAE, size and rate are used; frames: latent frames of a clip.
+        videos: a folder of videos or tar files, or one tar file; model: whose VAE, size and rate are used.
+        frames: latent frames of a clip.
     """
     if processes > 1:
         raise UserError("kind = encode runs in one process: leave --processes out")
@@ -118,10 +209,11 @@ def encode_folder(
         name = f"clips_{shard:05d}"
         if name not in writer:
             latents, prompts = [], []
-            for video, caption in group:
-                for clip in clips_of(video, 1 + ratio * (frames - 1), fps, height, width):
-                    latents.append(_encoded(vae, clip))
-                    prompts.append([caption])
+            for video in group:
+                with video.file() as file:
+                    for clip in clips_of(file, 1 + ratio * (frames - 1), fps, height, width):
+                        latents.append(_encoded(vae, clip))
+                        prompts.append([video.caption])
             if latents:
                 writer.write(name, torch.stack(latents), prompts)
         count += writer.manifest["shards"].get(name, {"clips": 0})["clips"]

@@ -23,8 +23,8 @@ from streamvid.training.distribution_matching import guided
 from streamvid.training.dry_run import Work, mean_window
 from streamvid.training.model_stage import (
     Denoiser,
-    ModelOptions,
     ModelStage,
+    choose,
     frozen,
     load_denoiser,
     options,
@@ -45,6 +45,7 @@ class FewStepOptions:
         guidance: consistency: of the teacher's step, `c + guidance (c - u)`.
         negative_prompt: of the unconditional prediction.
         target_ema: consistency: decay of the average that gives the targets.
+        weighted: consistency: errors count by the weights that lie beside the clips.
     """
 
     target: str = "ode"
@@ -53,6 +54,7 @@ class FewStepOptions:
     guidance: float = 2.0
     negative_prompt: str = ""
     target_ema: float = 0.95
+    weighted: bool = False
 
 
 class FewStepStage(ModelStage):
@@ -74,16 +76,16 @@ class FewStepStage(ModelStage):
         few_step: Mapping[str, Any] | None = None,
         teacher: Mapping[str, str] | None = None,
     ):
-        own = options(ModelOptions, model, "stage.model")
-        super().__init__(own)
+        super().__init__(model)
         self.few_step = options(FewStepOptions, few_step, "stage.few_step")
-        if self.few_step.target not in TARGETS:
-            raise UserError(
-                f"stage.few_step.target = {self.few_step.target!r} is not known: choose one of {', '.join(TARGETS)}"
-            )
+        choose(self.few_step.target, TARGETS, "stage.few_step.target")
         self.by_paths = self.few_step.target == "ode"
         self.shards, self.batch_size = ClipShards(data, "ode" if self.by_paths else "latents"), batch_size
         check_frames(self.shards, self.few_step.frames, self.latent_shape, self.method.frames_per_block)
+        if self.few_step.weighted and self.by_paths:
+            raise UserError("stage.few_step.weighted is for target = consistency: leave it out")
+        if self.few_step.weighted:
+            self.shards.weights([0])
         if not 0 < batch_size <= len(self.shards):
             raise UserError(
                 f"stage.batch_size = {batch_size} must be between 1 and the {len(self.shards)} clips of {data}"
@@ -94,7 +96,8 @@ class FewStepStage(ModelStage):
             self.path_timesteps = torch.tensor(self.shards.manifest["timesteps"])
             self.causal_paths = bool(self.shards.manifest["causal"])
         else:
-            source: dict[str, Any] = {"folder": own.folder, "weights": own.weights, **(teacher or {})}
+            own = {name: getattr(self.options, name) for name in ("folder", "weights", "attention")}
+            source: dict[str, Any] = {**own, **(teacher or {})}
             self.teacher: Denoiser = frozen(load_denoiser(**source), self.frozen_dtype)
             self.target: Denoiser = frozen(trainable_copy(self.denoiser))
 
@@ -117,6 +120,8 @@ class FewStepStage(ModelStage):
         batch = {"clips": clips, "prompts": prompts, "levels": torch.from_numpy(levels)}
         if not self.by_paths:
             batch["noise"] = torch.from_numpy(rng.standard_normal(clips.shape, np.float32))
+        if self.few_step.weighted:
+            batch["weight"] = self.shards.weights(index)[:, :, : self.few_step.frames]
         return batch
 
     def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -154,7 +159,8 @@ class FewStepStage(ModelStage):
             target = clip_x0(self.target, x_next, following, text, self.plans, clean)
             target = torch.where(end, target.float(), x_next)  # at the end of the grid it is the clip itself
         predicted = clip_x0(self.denoiser, x_t, timestep, text, self.plans, clean)
-        return (predicted.float() - target).square().mean(), {}
+        error = (predicted.float() - target).square()
+        return (error * batch.get("weight", 1.0)).mean(), {}
 
     def work(self) -> list[Work]:
         clean = not self.by_paths or self.causal_paths

@@ -8,7 +8,7 @@ forcing or diffusion forcing with one per block; a moving buffer (StreamDiT) wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from streamvid.training.causal_forward import CONTEXTS, clip_x0, joint_levels, j
 from streamvid.training.datasets import ClipShards, check_frames
 from streamvid.training.dry_run import Work, mean_window
 from streamvid.training.error_recycling import ErrorBank, RecyclingOptions
-from streamvid.training.model_stage import ModelOptions, ModelStage, options
+from streamvid.training.model_stage import ModelStage, choose, options
 
 WEIGHTINGS = ("gaussian", "x0", "none")
 
@@ -35,6 +35,7 @@ class FlowOptions:
         context: bidirectional, teacher_forcing, diffusion_forcing or moving_buffer.
         frames: latent frames of a clip.
         weighting: gaussian (the releases' weights of the flow's error), x0 (the error of x0, over sigma^2 + 0.05), none.
+        weighted: errors count by the weights that lie beside the clips.
         context_noise: teacher forcing attends a clean clip noised at up to this timestep, and told so.
         unconditional_share: of clips, how many are told `negative_prompt` instead of theirs, for guidance.
         held_out: clips at the end of the set that are only validated on.
@@ -43,6 +44,7 @@ class FlowOptions:
     context: str = "bidirectional"
     frames: int = 21
     weighting: str = "gaussian"
+    weighted: bool = False
     context_noise: float = 0.0
     unconditional_share: float = 0.1
     negative_prompt: str = ""
@@ -53,7 +55,7 @@ class FlowStage(ModelStage):
     """See the module's docstring.
 
     Args:
-        model: `ModelOptions`; latents: a shard folder of clips; batch_size: clips per micro-batch.
+        model: `ModelOptions`; latents: a shard folder of clips, or a list of folders; batch_size: clips per micro-batch.
         flow: `FlowOptions`.
         recycling: `RecyclingOptions`: errors of earlier predictions are put into the clips (teacher forcing).
     """
@@ -61,24 +63,23 @@ class FlowStage(ModelStage):
     def __init__(
         self,
         model: dict[str, Any],
-        latents: str,
+        latents: str | Sequence[str],
         batch_size: int = 1,
         flow: Mapping[str, Any] | None = None,
         recycling: Mapping[str, Any] | None = None,
     ):
-        super().__init__(options(ModelOptions, model, "stage.model"))
+        super().__init__(model)
         self.flow = options(FlowOptions, flow, "stage.flow")
-        for name, choices in (("context", (*CONTEXTS, "moving_buffer")), ("weighting", WEIGHTINGS)):
-            if getattr(self.flow, name) not in choices:
-                raise UserError(
-                    f"stage.flow.{name} = {getattr(self.flow, name)!r} is not known: choose one of {', '.join(choices)}"
-                )
+        choose(self.flow.context, (*CONTEXTS, "moving_buffer"), "stage.flow.context")
+        choose(self.flow.weighting, WEIGHTINGS, "stage.flow.weighting")
         if self.flow.context == "moving_buffer" and self.method.sampler != "rolling":
             raise UserError(
                 "stage.flow.context = moving_buffer needs a method with sampler = rolling: "
                 "take streamdit or rolling_forcing"
             )
         self.shards, self.batch_size = ClipShards(latents), batch_size
+        if self.flow.weighted:
+            self.shards.weights([0])
         size = self.method.frames_per_block
         check_frames(self.shards, self.flow.frames, self.latent_shape, size)
         if not 0 < batch_size <= len(self.shards) - self.flow.held_out:
@@ -114,6 +115,7 @@ class FlowStage(ModelStage):
         timestep, joint = self._timesteps(len(index), rng)
         return {
             "x_0": x_0,
+            "weight": self.shards.weights(index)[:, :, : self.flow.frames] if self.flow.weighted else None,
             "prompts": said,
             "timestep": timestep,
             "joint": joint,
@@ -170,6 +172,8 @@ class FlowStage(ModelStage):
         if self.flow.weighting == "gaussian":
             weight = self.weights[self.scheduler.nearest_index(timestep)]
             error = error * weight[:, None, :, None, None].to(error)
+        if batch["weight"] is not None:
+            error = error * batch["weight"]
         if self.bank is not None and self.training:
             self.bank.remember(batch["rng"], predicted.detach().float() - target, sigma, timestep)
         rms = (predicted.detach().float() - target).square().mean()

@@ -120,7 +120,7 @@ def _encode_some(
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
+def encode_frames(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
     latents = encode(vae, to_pixels(frames)[None].to(vae.dtype), encoder_state(vae), None)
     return latents[0].transpose(0, 1).half().contiguous()
 
@@ -128,7 +128,7 @@ def _encode(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
 def _clip(vae: AutoencoderKLWan, rng: np.random.Generator, blocks: int = BLOCKS):
     frames = block_start(blocks)
     shots, scenery = sample_clip(rng, frames, switch_probability=0.4)
-    latents = _encode(vae, render_clip(shots, scenery, frames))
+    latents = encode_frames(vae, render_clip(shots, scenery, frames))
     labels = [[s for start, s in shots if start <= block_start(b)][-1].labels() for b in range(blocks)]
     return latents, labels, scenery.cells(), False
 
@@ -148,8 +148,8 @@ def _late_clip(vae: AutoencoderKLWan, rng: np.random.Generator):
     # the segment's own first block warms up the encoder and is dropped
     start = BLOCK_FRAMES * (first - 1)
     frames = render_clip(shots, scenery, CLIP_FRAMES, first_frame=start)
-    beginning = _encode(vae, render_clip(shots[:1], scenery, block_start(1)))
-    latents = torch.cat([beginning, _encode(vae, frames)[FRAMES_PER_BLOCK:]])
+    beginning = encode_frames(vae, render_clip(shots[:1], scenery, block_start(1)))
+    latents = torch.cat([beginning, encode_frames(vae, frames)[FRAMES_PER_BLOCK:]])
     blocks = [0, *range(first, first + BLOCKS - 1)]
     labels = [[s for block, s in scenes if block <= b][-1].labels() for b in blocks]
     return latents, labels, scenery.cells(), True

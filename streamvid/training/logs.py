@@ -38,6 +38,13 @@ class RunLog:
         elif self.report == "wandb":
             self.writer.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
 
+    def close(self) -> None:
+        """The run is at its end: what the reports still hold is written."""
+        if self.report == "tensorboard":
+            self.writer.close()
+        elif self.report == "wandb":
+            self.writer.finish()
+
 
 def _forget(path: Path, step: int) -> None:
     """Drop a log's rows from `step` on, and a last row that was cut short."""
@@ -60,9 +67,15 @@ def _writer(output: Path, report: str, resumed_at: int) -> Any:
             import wandb
         except ImportError:
             raise UserError(
-                "report = 'wandb' needs Weights & Biases: pip install wandb, or set trainer.report=tensorboard"
+                "report = 'wandb' needs Weights & Biases: pip install 'streamvid[wandb]', or set trainer.report=tensorboard"
             ) from None
-        return wandb.init(
-            project="streamvid", name=output.name, id=output.name, dir=str(output), resume="allow"
-        )
+        try:
+            return wandb.init(
+                project="streamvid", name=output.name, id=output.name, dir=str(output), resume="allow"
+            )
+        except Exception as error:  # whatever it raises where nobody is logged in or nothing can be reached
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"report = 'wandb' cannot begin ({reason}): log in, set WANDB_MODE=offline, or give trainer.report=none"
+            ) from None
     return None

@@ -13,6 +13,7 @@ from torch import nn
 
 from streamvid.checkpoints import load_transformer
 from streamvid.errors import UserError
+from streamvid.kernels.attention import attention_backend
 from streamvid.methods import Method, load_method
 from streamvid.models import load_pipeline, resolve_model
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -43,6 +44,16 @@ def options(kind: type[T], values: Mapping[str, Any] | None, where: str) -> T:
         raise UserError(f"{where}: {str(error).split('__init__() ')[-1]}: add it") from None
 
 
+def choose(value: str, choices: Sequence[str], where: str) -> None:
+    """Whether an option is one of its values.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in choices:
+        raise UserError(f"{where} = {value!r} is not known: choose one of {', '.join(choices)}")
+
+
 @dataclass
 class ModelOptions:
     """The model to train.
@@ -56,6 +67,7 @@ class ModelOptions:
         height, width: pixels of a clip; None: the folder's.
         lora_rank, lora_alpha: train low-rank matrices on all linear layers of the blocks; 0: all weights. An alpha of 0
             takes the rank.
+        attention: backend of all transformers of the stage; on a CPU `reference` is the fastest for small models.
         gradient_checkpointing: forget activations and compute them again in the backward.
         frozen_dtype: of the text encoder, the teacher and other frozen transformers: float32, or bfloat16 beside
             `mixed_precision: bf16`.
@@ -72,13 +84,14 @@ class ModelOptions:
     width: int | None = None
     lora_rank: int = 0
     lora_alpha: float = 0.0
+    attention: str = "auto"
     gradient_checkpointing: bool = False
     frozen_dtype: str = "float32"
     export: str = "pipeline"
 
 
 class Denoiser(nn.Module):
-    """A transformer with its schedule: x0 and flow of noisy clips, whatever it predicts."""
+    """A transformer with its schedule: x0 of noisy clips, whatever it predicts."""
 
     def __init__(self, model: CausalWanTransformer3DModel, scheduler: FewStepFlowScheduler):
         super().__init__()
@@ -99,10 +112,6 @@ class Denoiser(nn.Module):
         output = self.model(x_t, timestep, prompt_kv=prompt_kv, context=context, return_dict=False)[0]
         return self.scheduler.x0_from_output(output.float(), x_t, self.sigma(timestep))
 
-    def flow(self, x_t, timestep, text, context: AttentionContext | None = None) -> torch.Tensor:
-        """Predicted flow, `noise - x0`."""
-        return self.scheduler.flow_from_x0(self.x0(x_t, timestep, text, context), x_t, self.sigma(timestep))
-
     def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
         """Noise level, ready to broadcast with clips."""
         sigma = self.scheduler.sigma(timestep)
@@ -112,7 +121,7 @@ class Denoiser(nn.Module):
         return self.scheduler.add_noise(x_0, noise, self.sigma(timestep))
 
 
-def load_denoiser(folder: str, weights: str | None = None) -> Denoiser:
+def load_denoiser(folder: str, weights: str | None = None, attention: str = "auto") -> Denoiser:
     """The transformer and schedule of a model folder, in float32.
 
     Raises:
@@ -125,43 +134,47 @@ def load_denoiser(folder: str, weights: str | None = None) -> Denoiser:
             f"folder = {folder!r} has no scheduler: give a model folder made by `streamvid convert`"
         )
     model = load_transformer(weights or source, dtype=torch.float32)
+    model.attention_name = attention
     return Denoiser(model, FewStepFlowScheduler.from_pretrained(str(config)))
 
 
 class ModelStage(Stage):
-    """A stage that starts from a model folder and trains its transformer."""
+    """A stage that starts from a model folder and trains its transformer.
+
+    Args:
+        model: values of `ModelOptions`.
+    """
 
     cpu_only = False
     frozen_parts = ("text_encoder", "vae", "teacher")
 
-    def __init__(self, model: ModelOptions):
+    def __init__(self, model: Mapping[str, Any]):
         super().__init__()
-        self.options = model
-        if model.export not in ("pipeline", "transformer"):
-            raise UserError(f"model.export = {model.export!r} is not known: choose pipeline or transformer")
-        if model.frozen_dtype not in FROZEN_DTYPES:
-            raise UserError(
-                f"model.frozen_dtype = {model.frozen_dtype!r} is not known: choose float32 or bfloat16"
-            )
-        if model.weights and model.transformer:
+        self.options = chosen = options(ModelOptions, model, "stage.model")
+        choose(chosen.export, ("pipeline", "transformer"), "model.export")
+        choose(chosen.frozen_dtype, tuple(FROZEN_DTYPES), "model.frozen_dtype")
+        if chosen.weights and chosen.transformer:
             raise UserError("model.weights and model.transformer exclude each other: leave one of them out")
-        pipe = load_pipeline(model.folder, "cpu", "float32")
-        self.method: Method = load_method(model.method or pipe.config.method, model.overrides)
-        self.scheduler = FewStepFlowScheduler.from_config({**pipe.scheduler.config, **model.scheduler})
+        pipe = load_pipeline(chosen.folder, "cpu", "float32")
+        self.method: Method = load_method(chosen.method or pipe.config.method, chosen.overrides)
+        self.scheduler = FewStepFlowScheduler.from_config({**pipe.scheduler.config, **chosen.scheduler})
         transformer = pipe.transformer
-        if model.transformer:
-            transformer = CausalWanTransformer3DModel(**model.transformer)
-        elif model.weights:
-            transformer = load_transformer(model.weights, dtype=torch.float32)
-        prepare_for_training(transformer, model)
+        if chosen.transformer:
+            transformer = CausalWanTransformer3DModel(**chosen.transformer)
+            initialise(transformer)
+        elif chosen.weights:
+            transformer = load_transformer(chosen.weights, dtype=torch.float32)
+        attention_backend(chosen.attention)  # an unknown one is told now
+        transformer.attention_name = chosen.attention
+        prepare_for_training(transformer, chosen)
         self.transformer: CausalWanTransformer3DModel = transformer
-        self.frozen_dtype = FROZEN_DTYPES[model.frozen_dtype]
+        self.frozen_dtype = FROZEN_DTYPES[chosen.frozen_dtype]
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False).to(self.frozen_dtype)
         self.vae = pipe.vae.eval().requires_grad_(False)
         self.tokenizer = pipe.tokenizer
         self.size = {
-            "height": model.height or pipe.config.height,
-            "width": model.width or pipe.config.width,
+            "height": chosen.height or pipe.config.height,
+            "width": chosen.width or pipe.config.width,
         }
         self.facts = {"method": self.method.name, "fps": pipe.config.fps, **self.size}
         rows, columns = self.pipeline().latent_size(**self.size)
@@ -221,6 +234,27 @@ class ModelStage(Stage):
         else:
             transformer.save_pretrained(output / "transformer")
             self.scheduler.save_pretrained(output / "scheduler")
+
+
+def initialise(transformer: CausalWanTransformer3DModel) -> None:
+    """Output projections start at zero: every block begins as the identity, the network as x0 = 0."""
+    for name, parameter in transformer.named_parameters():
+        if name.endswith(
+            (
+                "to_out.0.weight",
+                "to_out.0.bias",
+                "ffn.net.2.weight",
+                "ffn.net.2.bias",
+                "proj_out.weight",
+                "proj_out.bias",
+            )
+        ):
+            torch.nn.init.zeros_(parameter)
+        elif name.endswith("scale_shift_table"):
+            # gates (rows 2 and 5 of six) start at one, so that zero projections get a gradient
+            torch.nn.init.zeros_(parameter)
+            if parameter.shape[1] == 6:
+                parameter.data[:, [2, 5]] = 1.0
 
 
 def prepare_for_training(model: CausalWanTransformer3DModel, chosen: ModelOptions) -> None:

@@ -20,7 +20,7 @@ from streamvid.models import choose_device
 from streamvid.training.causal_forward import clip_x0, method_plans
 from streamvid.training.datasets import ClipShards, ShardWriter, batches, check_frames, load_prompts
 from streamvid.training.distribution_matching import guided
-from streamvid.training.model_stage import Denoiser, ModelOptions, ModelStage, options
+from streamvid.training.model_stage import Denoiser, ModelStage
 
 
 class PathMaker(ModelStage):
@@ -34,7 +34,7 @@ class PathMaker(ModelStage):
         steps: int,
         levels: Sequence[float],
     ):
-        super().__init__(options(ModelOptions, model, "stage.model"))
+        super().__init__(model)
         self.eval().requires_grad_(False)
         self.guidance, self.negative_prompt = guidance, negative_prompt
         wanted = self.scheduler.warped(levels)
@@ -132,5 +132,5 @@ def make_ode_pairs(
 
 def _levels(model: dict[str, Any]) -> Sequence[float]:
     """Levels of the student's method or schedule."""
-    stage = ModelStage(options(ModelOptions, model, "stage.model"))
+    stage = ModelStage(model)
     return stage.method.denoising_steps or stage.scheduler.config.denoising_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from streamvid.training.logs import REPORTS
 from streamvid.training.options import TrainerOptions
 from streamvid.training.sharding import SHARDINGS
 from streamvid.training.stage import Stage
+from streamvid.training.timing import measure_steps, told
 from streamvid.training.trainer import Trainer
 
 STAGES = {
@@ -39,6 +41,7 @@ JOBS = {  # done by one call, without a training loop
     "latents": "streamvid.training.latents:encode_shards",
     "ode_pairs": "streamvid.training.ode_pairs:make_ode_pairs",
     "encode": "streamvid.training.encode:encode_folder",
+    "world_clips": "streamvid.training.world_clips:make_world_clips",
     "assemble": "streamvid.training.assemble:assemble",
 }
 KINDS = (*STAGES, *JOBS)
@@ -129,12 +132,20 @@ def _call(target: str, config: dict[str, Any]) -> Any:
         raise UserError(f"stage of kind {config['kind']}: {reason}: check its folders") from error
 
 
-def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1, dry_run: bool = False) -> None:
+def train(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    processes: int = 1,
+    dry_run: bool = False,
+    measured: int = 0,
+    timing: str | Path | None = None,
+) -> None:
     """Train (or resume) what the configuration at `path` describes.
 
     Several data-parallel processes run under torch's elastic launcher. On a CPU each uses `trainer.threads` threads:
     small models are faster with one process per core than with one process of many threads. A dry run only tells what a
-    step will cost.
+    step will cost; with `measured` steps that are made and forgotten it also tells how long the run will take, and appends
+    that to the JSON lines of `timing`.
     """
     config = load_config(path, overrides)
     if processes < 1:
@@ -144,7 +155,14 @@ def train(path: str | Path, overrides: Sequence[str] = (), processes: int = 1, d
             raise UserError(
                 f"{path}: kind = {config['kind']} has no training loop to describe: leave out --dry-run"
             )
-        print("\n".join(describe(build_stage(config), TrainerOptions(**config["trainer"]))))
+        stage, options = build_stage(config), TrainerOptions(**config["trainer"])
+        print("\n".join(describe(stage, options)))
+        if measured:
+            found = measure_steps(stage, options, measured)
+            print(told(found))
+            if timing is not None:
+                with open(timing, "a") as file:
+                    file.write(json.dumps({"config": Path(path).name, **found}) + "\n")
     elif config["kind"] in JOBS:
         extra = {"processes": processes} if config["kind"] != "assemble" and processes > 1 else {}
         _call(JOBS[config["kind"]], {**config, "stage": {**config["stage"], **extra}})

@@ -18,7 +18,7 @@ from torch import nn
 
 from streamvid.errors import UserError
 from streamvid.training.adversary import Discriminator, GanOptions, discriminator_loss, generator_loss
-from streamvid.training.causal_forward import method_plans
+from streamvid.training.causal_forward import CONTEXTS, clip_x0, method_plans
 from streamvid.training.clips import Clip, ClipSource, RolloutOptions
 from streamvid.training.datasets import ClipShards, check_frames, load_prompts
 from streamvid.training.distribution_matching import (
@@ -33,8 +33,8 @@ from streamvid.training.distribution_matching import (
 from streamvid.training.dry_run import Work, mean_window
 from streamvid.training.model_stage import (
     Denoiser,
-    ModelOptions,
     ModelStage,
+    choose,
     frozen,
     load_denoiser,
     options,
@@ -43,11 +43,12 @@ from streamvid.training.model_stage import (
 from streamvid.training.rewards import RewardOptions, load_reward
 
 MATCHINGS = ("dmd", "sid", "none")
+NORMALISERS = ("clip", "block")
 
 
 @dataclass
 class TeacherOptions:
-    """The real score: a bidirectional model.
+    """The real score: a bidirectional model, or with `matching.context` a causal one.
 
     Args:
         folder, weights: as of the model; None takes the model's folder.
@@ -85,6 +86,9 @@ class MatchingOptions:
         loss: dmd, sid (score identity distillation), or none (with a GAN alone).
         alpha: of sid.
         shift, low, high: of the timesteps at which scores are compared (`score_timestep`).
+        context: what teacher and critic see of a noisy clip: bidirectional, or causal by the method's windows, beside the
+            generated clip itself as the clean history (teacher_forcing, as in LongLive 2) or without it (diffusion_forcing).
+        normaliser: of the gradient, one per clip or one per block.
     """
 
     loss: str = "dmd"
@@ -92,6 +96,8 @@ class MatchingOptions:
     shift: float = 5.0
     low: float = 20.0
     high: float = 980.0
+    context: str = "bidirectional"
+    normaliser: str = "clip"
 
 
 class Critic(nn.Module):
@@ -129,29 +135,41 @@ class SelfForcingStage(ModelStage):
         latents: str | None = None,
         reward: Mapping[str, Any] | None = None,
     ):
-        own = options(ModelOptions, model, "stage.model")
-        super().__init__(own)
+        super().__init__(model)
+        own = self.options
         self.prompts, self.batch_size = load_prompts(prompts), batch_size
         self.teaching = options(TeacherOptions, teacher, "stage.teacher")
         self.judging = options(CriticOptions, critic, "stage.critic")
         self.matching = options(MatchingOptions, matching, "stage.matching")
-        if self.matching.loss not in MATCHINGS or (self.matching.loss == "none" and gan is None):
+        choose(self.matching.loss, MATCHINGS, "stage.matching.loss")
+        choose(self.matching.context, CONTEXTS, "stage.matching.context")
+        choose(self.matching.normaliser, NORMALISERS, "stage.matching.normaliser")
+        if gan is None and self.matching.loss == "none":
+            raise UserError("stage.matching.loss = none needs stage.gan: give both, or choose dmd or sid")
+        if gan is not None and self.matching.context != "bidirectional":
             raise UserError(
-                f"stage.matching.loss = {self.matching.loss!r} must be one of {', '.join(MATCHINGS)}, none beside a gan only"
+                "stage.gan reads the hidden states of a bidirectional critic: set stage.matching.context=bidirectional"
             )
+        if self.matching.loss == "sid" and self.matching.normaliser == "block":
+            raise UserError("stage.matching.normaliser = block is for loss = dmd: set it to clip")
         if self.judging.generator_every < 1 or batch_size < 1:
             raise UserError("stage.critic.generator_every and stage.batch_size must be at least 1")
         teacher_folder = self.teaching.folder or own.folder
-        self.teacher = frozen(load_denoiser(teacher_folder, self.teaching.weights), self.frozen_dtype)
+        real_score = load_denoiser(teacher_folder, self.teaching.weights, own.attention)
+        self.teacher = frozen(real_score, self.frozen_dtype)
         score = load_denoiser(
             self.judging.folder or teacher_folder,
             self.judging.weights if self.judging.folder else self.judging.weights or self.teaching.weights,
+            own.attention,
         )
         prepare_for_training(score.model, own)
         self.gan = None if gan is None else options(GanOptions, gan, "stage.gan")
         self.critic = Critic(score, self.gan)
         rolling = options(RolloutOptions, rollout, "stage.rollout")
         self.clips = ClipSource(self, rolling)
+        causal = self.matching.context != "bidirectional"
+        blocks = rolling.supervised // self.method.frames_per_block
+        self.score_plans = method_plans(self.method, blocks) if causal else None
         self.real = self._real_clips(latents)
         self.rewarding = None if reward is None else options(RewardOptions, reward, "stage.reward")
         self.reward = None if self.rewarding is None else load_reward(self.rewarding)
@@ -219,8 +237,10 @@ class SelfForcingStage(ModelStage):
         keys = round(mean_window(method_plans(method, o.frames // method.frames_per_block)) * frame)
         levels = len(method.denoising_steps or self.scheduler.config.denoising_steps)
         clip, every = self.batch_size * o.supervised * frame, 1 / self.judging.generator_every
+        clip *= 2 if self.matching.context == "teacher_forcing" else 1
         rollout = blocks * ((levels + 1) / 2 + 1)  # a mean exit step, and the context pass
-        student, score, whole = self.transformer, self.critic.score.model, o.supervised * frame
+        seen = o.supervised if self.score_plans is None else mean_window(self.score_plans)
+        student, score, whole = self.transformer, self.critic.score.model, round(seen * frame)
         teacher, fake = 1 + (self.teaching.guidance != 0), 1 + (self.judging.guidance != 0)
         return [
             Work("rollouts without gradient", student, rollout + every * (rollout - blocks), block, keys),
@@ -249,11 +269,13 @@ class SelfForcingStage(ModelStage):
 
     def _match(self, clip: Clip, x, text, timestep, noise):
         sid = self.matching.loss == "sid"
+        clean, per_block = x.detach(), self.matching.normaliser == "block"
         with torch.set_grad_enabled(sid):
-            noisy = self.denoiser.noisy(x if sid else x.detach(), noise, timestep)
-            fake = self._score(self.critic.score, self.judging.guidance, noisy, timestep, text)
-            real = self._score(self.teacher, self.teaching.guidance, noisy, timestep, text)
-        gradient, normaliser = generator_gradient(x.detach(), fake.detach(), real.detach())
+            noisy = self.denoiser.noisy(x if sid else clean, noise, timestep)
+            fake = self._score(self.critic.score, self.judging.guidance, noisy, timestep, text, clean)
+            real = self._score(self.teacher, self.teaching.guidance, noisy, timestep, text, clean)
+        size = self.method.frames_per_block if per_block else None
+        gradient, normaliser = generator_gradient(clean, fake.detach(), real.detach(), size)
         numbers = {"normaliser": normaliser.mean(), "dmd_gradient": gradient.abs().mean()}
         weight = None
         if self.reward is not None and self.rewarding is not None:
@@ -267,12 +289,20 @@ class SelfForcingStage(ModelStage):
             return sid_loss(x, fake, real, self.matching.alpha), numbers
         return matching_loss(x, gradient, mask, weight).float(), numbers
 
-    def _score(self, denoiser: Denoiser, guidance: float, noisy, timestep, text) -> torch.Tensor:
-        conditional = denoiser.x0(noisy, timestep, text)
+    def _score(self, denoiser: Denoiser, guidance: float, noisy, timestep, text, clean) -> torch.Tensor:
+        conditional = self._seen_x0(denoiser, noisy, timestep, text, clean)
         if guidance == 0:
             return conditional
         nothing = self.encode([self.teaching.negative_prompt] * len(text))
-        return guided(conditional, denoiser.x0(noisy, timestep, nothing), guidance)
+        return guided(conditional, self._seen_x0(denoiser, noisy, timestep, nothing, clean), guidance)
+
+    def _seen_x0(self, denoiser: Denoiser, noisy, timestep, text, clean) -> torch.Tensor:
+        """x0 of a noisy clip as teacher and critic see it."""
+        if self.score_plans is None:
+            return denoiser.x0(noisy, timestep, text)
+        times = timestep[:, None].expand(-1, noisy.shape[2])
+        history = clean if self.matching.context == "teacher_forcing" else None
+        return clip_x0(denoiser, noisy, times, text, self.score_plans, history)
 
     # --- critic -------------------------------------------------------------------------------------------------------
 
@@ -280,7 +310,9 @@ class SelfForcingStage(ModelStage):
         x = clip.latents.float().detach()
         score = self.critic.score
         noisy = score.noisy(x, noise, timestep)
-        loss = critic_loss(score.flow(noisy, timestep, text), x, noise)
+        predicted = self._seen_x0(score, noisy, timestep, text, x)
+        flow = score.scheduler.flow_from_x0(predicted, noisy, score.sigma(timestep))
+        loss = critic_loss(flow, x, noise)
         numbers = {"flow": loss}
         if self.gan is not None:
             fake_logit, real_logit = self._logits(batch, x, text, timestep, noise)

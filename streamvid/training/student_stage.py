@@ -27,6 +27,7 @@ from streamvid.sampler import few_step_block
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.text import encode_prompts
 from streamvid.training.latents import BLOCKS, FIRST_BLOCKS, FRAMES_PER_BLOCK, Clips, load_clips
+from streamvid.training.model_stage import initialise
 from streamvid.training.trainer import Stage
 from streamvid.training.windows import WindowedAttention, plan_blocks
 from streamvid.transformer import CausalWanTransformer3DModel, PromptKV
@@ -345,27 +346,6 @@ class StudentStage(Stage):
 
 def _select(clips: Clips, mask: torch.Tensor) -> Clips:
     return Clips(clips.latents[mask], clips.labels[mask], clips.scenery[mask], clips.late[mask])
-
-
-def initialise(transformer: CausalWanTransformer3DModel) -> None:
-    """Output projections start at zero: every block begins as the identity, the network as x0 = 0."""
-    for name, parameter in transformer.named_parameters():
-        if name.endswith(
-            (
-                "to_out.0.weight",
-                "to_out.0.bias",
-                "ffn.net.2.weight",
-                "ffn.net.2.bias",
-                "proj_out.weight",
-                "proj_out.bias",
-            )
-        ):
-            torch.nn.init.zeros_(parameter)
-        elif name.endswith("scale_shift_table"):
-            # gates (rows 2 and 5 of six) start at one, so that zero projections get a gradient
-            torch.nn.init.zeros_(parameter)
-            if parameter.shape[1] == 6:
-                parameter.data[:, [2, 5]] = 1.0
 
 
 # Where the noise tells each unnamed variable: a row of the picture cut into 4 x 4 places, and weights of its columns. It is

@@ -141,6 +141,8 @@ class Trainer:
                 self._save()
                 progress.seconds, due = seconds, False
         self._validate(log)
+        if log is not None:
+            log.close()
         if self.accelerator.is_main_process:
             self._with_average(lambda: self.stage.export(self.output / "model"))
 

@@ -51,14 +51,19 @@ def _pose(shots: Shots, scenery: Scenery, index: int, frame: int) -> Pose:
     return pose_at(scene.motion, scene.shape, time)
 
 
-def _draw(scene: Scene, scenery: Scenery, pose: Pose, frame: int, camera: float, size: int) -> np.ndarray:
+def _draw(
+    scene: Scene, scenery: Scenery, pose: Pose, frame: int, camera: float, size: int, subject: bool
+) -> np.ndarray:
     canvas = draw_backdrop(scene, scenery, frame, camera, size)
-    draw_subject(canvas, scene, scenery, pose)
+    if subject:
+        draw_subject(canvas, scene, scenery, pose)
     return add_weather(canvas.picture(), scene.weather, scene.sky, frame)
 
 
-def render_frame(shots: Shots, scenery: Scenery, frame: int, size: int = 128) -> np.ndarray:
-    """One RGB picture [size, size, 3] uint8.
+def render_frame(
+    shots: Shots, scenery: Scenery, frame: int, size: int = 128, subject: bool = True
+) -> np.ndarray:
+    """One RGB picture [size, size, 3] uint8, without its subject if told so.
 
     At a switch the old and the new scene cross-fade over FADE_FRAMES frames, both with the subject at one
     common place that moves from the old motion to the new. Shots should last FADE_FRAMES frames or more: a
@@ -72,19 +77,24 @@ def render_frame(shots: Shots, scenery: Scenery, frame: int, size: int = 128) ->
     camera = camera_position(shots, frame)
     pose = _pose(shots, scenery, index, frame)
     if index == 0 or frame >= start + FADE_FRAMES:
-        return _draw(scene, scenery, pose, frame, camera, size)
+        return _draw(scene, scenery, pose, frame, camera, size, subject)
     share = (frame - start + 1) / (FADE_FRAMES + 1)
     old_pose, new_pose = blend_position(_pose(shots, scenery, index - 1, frame), pose, share)
-    old = _draw(shots[index - 1][1], scenery, old_pose, frame, camera, size)
-    new = _draw(scene, scenery, new_pose, frame, camera, size)
+    old = _draw(shots[index - 1][1], scenery, old_pose, frame, camera, size, subject)
+    new = _draw(scene, scenery, new_pose, frame, camera, size, subject)
     return cv2.addWeighted(old, 1 - share, new, share, 0.0)
 
 
 def render_clip(
-    shots: Shots, scenery: Scenery, num_frames: int, size: int = 128, first_frame: int = 0
+    shots: Shots,
+    scenery: Scenery,
+    num_frames: int,
+    size: int = 128,
+    first_frame: int = 0,
+    subject: bool = True,
 ) -> np.ndarray:
     """Frames first_frame ... first_frame + num_frames - 1 as an RGB array [T, size, size, 3] uint8."""
     clip = np.empty((num_frames, size, size, 3), np.uint8)
     for index in range(num_frames):
-        clip[index] = render_frame(shots, scenery, first_frame + index, size)
+        clip[index] = render_frame(shots, scenery, first_frame + index, size, subject)
     return clip

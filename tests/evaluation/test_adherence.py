@@ -2,13 +2,15 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from streamvid.evaluation import adherence
-from streamvid.evaluation.adherence import MINUTE_BLOCKS, START_BLOCKS, SWITCH_BLOCK, measure, table
+from streamvid.evaluation.adherence import MINUTE_BLOCKS, START_BLOCKS, SWITCH_BLOCK, Kept, measure, table
+from streamvid.evaluation.stored import fingerprint
 from streamvid.world.probe import WINDOW_FRAMES
 from streamvid.world.prompts import parse
 from streamvid.world.scene import ATTRIBUTES, Scene, is_held_out
@@ -94,7 +96,69 @@ def test_a_pipeline_that_is_always_right():
     changes = 2 * sum(1 + index % 2 for index in range(12))  # two seeds, one or two attributes by turns
     assert result["switch"]["changed"] == {"accuracy": 1.0, "count": changes, "interval": 0.0}
     assert result["switch"]["kept"] == {"accuracy": 1.0, "count": 2 * 12 * 7 - changes, "interval": 0.0}
+    assert result["switch"]["soon"] == {name: result["switch"][name] for name in ("changed", "kept")}
     assert result["prompts"] == 12 and result["seeds"] == [0, 1]
+
+
+def test_a_slow_switch_is_right_late_and_wrong_soon():
+    """The first window ends 3.5 s after the switch, the second 4.5 s: between them lies the slow pipeline's change."""
+
+    class Slow(FakeStream):
+        def prompt(self, texts):
+            self.after = texts
+
+        def __iter__(self):
+            for chunk in super().__iter__():
+                yield chunk
+                if chunk.index == SWITCH_BLOCK + 4:  # its block 5 after the switch begins at 3.75 s
+                    self.texts = self.after
+
+    pipe = FakePipeline()
+    pipe.stream = lambda texts, seed, blocks, decode_pixels, **options: Slow(texts, blocks, True)
+    switch = run(pipe, parts=("switch",))["switch"]
+    assert switch["changed"]["accuracy"] == 1.0 and switch["soon"]["changed"]["accuracy"] == 0.0
+    assert switch["kept"]["accuracy"] == switch["soon"]["kept"]["accuracy"] == 1.0
+
+
+def test_ten_minutes_are_ten_minutes():
+    pipe = FakePipeline()
+    assert run(pipe, prompts=2, seeds=(0,), parts=("ten_minutes",))["ten_minutes"]["mean"] == 1.0
+    assert 9 + 12 * (pipe.calls[0]["blocks"] - 1) >= 600 * 16
+
+
+def test_a_measurement_that_is_killed_goes_on(tmp_path):
+    """Groups that are kept are not made again, unless anything that they depend on has changed."""
+    whole = run(parts=("start", "switch"))
+    kept = Kept(tmp_path, {"weights": "a"})
+
+    class Killed(FakePipeline):
+        def stream(self, *arguments, **keywords):
+            if len(self.calls) == 4:
+                raise KeyboardInterrupt
+            return super().stream(*arguments, **keywords)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Killed(), parts=("start", "switch"), kept=kept)
+    pipe = FakePipeline()
+    again = run(pipe, parts=("start", "switch"), kept=kept)
+    assert len(pipe.calls) == 2  # of six groups four were kept
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    (tmp_path / "start" / "1.json").write_text('{"settings"')  # cut short
+    other = FakePipeline()
+    run(other, parts=("start", "switch"), kept=kept)
+    assert len(other.calls) == 1
+    changed = FakePipeline()
+    run(changed, parts=("start",), kept=Kept(tmp_path, {"weights": "b"}))
+    assert len(changed.calls) == 3
+
+
+def test_other_weights_have_another_fingerprint():
+    one = torch.nn.Linear(3, 2)
+    before = fingerprint(one, FakePipeline.vae)
+    assert fingerprint(one, FakePipeline.vae) == before
+    with torch.no_grad():
+        one.bias[1] += 1e-3
+    assert fingerprint(one, FakePipeline.vae) != before
 
 
 def test_a_pipeline_that_is_always_wrong():
@@ -146,7 +210,7 @@ def test_only_the_last_windows_are_probed():
     run(pipe, Probe(), prompts=3, seeds=(0,), parts=("start", "minute"))
     assert seen == [3, 6]
     latents = torch.arange(60.0).view(1, 1, 60, 1, 1).expand(2, 7, -1, -1, -1) % 2
-    told = adherence._probe_tail(pipe, FakeProbe(), [latents[:, :, :30], latents[:, :, 30:]], windows=2)
+    told = adherence.probe_tail(pipe, FakeProbe(), latents, ends=(WINDOW_FRAMES, 0))
     assert told.shape == (2, 2, 7)
     assert (told == 1).all()  # both windows end on the eighth latent frame of their own: 51 and 59
 
@@ -200,12 +264,16 @@ def test_the_command_writes_numbers_and_prints_a_table(tmp_path, monkeypatch, ca
     monkeypatch.setattr(adherence, "resolve_model", str)
     monkeypatch.setattr(adherence.AttributeProbe, "load", classmethod(lambda cls, path: FakeProbe()))
     output = tmp_path / "deep" / "adherence.json"
+    monkeypatch.setattr(adherence, "settings", lambda *arguments: {})
     arguments = ["--prompts", "3", "--seeds", "4", "--parts", "start", "switch", "--method", "longlive"]
+    arguments += ["--parts-folder", str(tmp_path / "parts"), "--set", "sink=0", "denoising_steps=[1000, 500]"]
     monkeypatch.setattr("sys.argv", ["adherence", *arguments, "--output", str(output)])
     adherence.main()
     written = json.loads(output.read_text())
     assert written["model"] == "diorama" and written["seeds"] == [4]
-    assert written["options"] == {"method": "longlive"} and written["start"]["mean"] == 1.0
+    overrides = {"sink": 0, "denoising_steps": [1000, 500]}
+    assert written["options"] == {"method": "longlive", "overrides": overrides}
+    assert written["start"]["mean"] == 1.0
     told = capsys.readouterr().out
     assert table(written) in told and "changed attributes" in told
     lines = table(written).splitlines()
@@ -216,9 +284,9 @@ def test_processes_give_the_same_numbers(monkeypatch):
     """Groups are answered in any process, one by one, as the real worker would."""
     here = run(parts=("start", "switch"))
     monkeypatch.setattr(adherence, "load_pipeline", lambda model: FakePipeline())
-    monkeypatch.setattr(adherence, "_shipped_probe", FakeProbe)
+    monkeypatch.setattr(adherence, "shipped_probe", FakeProbe)
     threads = torch.get_num_threads()
-    adherence._load("diorama", {})
+    adherence._load(partial(adherence.answers_of, "diorama", {}))
     torch.set_num_threads(threads)
     there = run(
         parts=("start", "switch"), answer=lambda groups: [adherence._answer_in_worker(g) for g in groups]
@@ -233,6 +301,7 @@ def test_two_processes_of_the_real_model(tmp_path, monkeypatch, capsys):
     for count in ("1", "2"):
         output, sheet = tmp_path / f"{count}.json", tmp_path / f"{count}.png"
         arguments = ["--prompts", "2", "--seeds", "0", "--parts", "start", "--processes", count]
+        arguments += ["--parts-folder", str(tmp_path / f"parts_{count}")]
         monkeypatch.setattr(
             "sys.argv", ["adherence", *arguments, "--output", str(output), "--contact-sheet", str(sheet)]
         )

@@ -51,6 +51,19 @@ def test_the_gradient_is_normalised_per_clip():
     assert torch.equal(still, torch.zeros_like(x))
 
 
+def test_a_normaliser_per_block_makes_every_block_a_clip():
+    """LongLive 2: the gradient of a block does not depend on how wrong the others are."""
+    x, fake, real = clips(3)
+    gradient, normaliser = generator_gradient(x, fake, real, frames_per_block=2)
+    assert normaliser.shape == (2, 1, 4, 1, 1)
+    for block in (slice(0, 2), slice(2, 4)):
+        alone, scale = generator_gradient(x[:, :, block], fake[:, :, block], real[:, :, block])
+        torch.testing.assert_close(gradient[:, :, block], alone)
+        torch.testing.assert_close(normaliser[:, :, block], scale.expand(-1, -1, 2, -1, -1))
+    whole, _ = generator_gradient(x, fake, real)
+    assert not torch.allclose(whole, gradient)
+
+
 def test_the_loss_has_the_gradient_that_it_was_given():
     x, g = clips(2)
     x.requires_grad_()

@@ -1,5 +1,6 @@
 """What a step costs: against PyTorch's own count, and told by the command."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,29 @@ def test_the_command_tells_and_trains_nothing(model_folder, prompt_file, tmp_pat
     train(str(CONFIGS / "smoke_longlive_long.yaml"), place, dry_run=True)
     lora = 2 * 4 * (4 * (24 + 24) * 2 + (24 + 32) * 2)
     assert f"{lora / 1000:.2f} k learn" in capsys.readouterr().out
+
+
+def test_measured_steps_tell_how_long_a_run_takes_and_train_nothing(
+    model_folder, prompt_file, tmp_path, capsys
+):
+    place = [
+        f"trainer.output={tmp_path / 'run'}",
+        f"stage.model.folder={model_folder}",
+        f"stage.prompts={prompt_file}",
+        "trainer.steps=7200",
+    ]
+    command = ["train", str(CONFIGS / "smoke_self_forcing.yaml"), *place, "--dry-run", "--measure-steps", "2"]
+    assert main([*command, "--timing", str(tmp_path / "hours.jsonl")]) == 0
+    row = json.loads((tmp_path / "hours.jsonl").read_text())
+    assert row["config"] == "smoke_self_forcing.yaml" and (row["steps"], row["measured_steps"]) == (7200, 2)
+    assert 0 < row["seconds_per_step"] < 60
+    assert row["hours"] == pytest.approx(2 * row["seconds_per_step"], abs=0.01)
+    assert f"measured 2 steps: {row['seconds_per_step']:g} s each" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert main(["train", *command[1:-3], "--measure-steps", "2"]) == 2
+    assert "--measure-steps needs --dry-run" in capsys.readouterr().err
+    assert main([*command[:-2], "--timing", "x"]) == 2
+    assert "--timing needs --measure-steps" in capsys.readouterr().err
 
 
 def test_jobs_have_nothing_to_describe(tmp_path, capsys):

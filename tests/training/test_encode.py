@@ -1,6 +1,8 @@
 """Users' own videos: clips, captions, latents."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ def folder(tmp_path):
 
 
 def test_captions_beside_videos(folder):
-    assert [(path.name, caption) for path, caption in captioned_videos(folder)] == [
+    assert [(video.path.name, video.caption) for video in captioned_videos(folder)] == [
         ("b.mp4", "a red fox"),
         ("a.mp4", "a blue bird"),
     ]
@@ -88,6 +90,59 @@ def test_a_folder_becomes_shards(folder, model_folder, tmp_path):
     (output / "manifest.json").write_text(json.dumps(manifest))
     encode_folder(str(folder), str(output), **arguments)  # only what is missing
     assert (output / "clips_00000.safetensors").stat().st_mtime_ns == stamp and len(ClipShards(output)) == 8
+
+
+def pack(path, members: dict[str, object]):
+    """A tar file of files or texts."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            data = content.encode() if isinstance(content, str) else content.read_bytes()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def test_tar_files_are_folders_in_one_file(folder, model_folder, tmp_path):
+    """WebDataset's form: the shards of a folder of videos and of a tar file of the same videos are the same."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    captions = {"x/b.txt": "a red fox", "x/c.json": json.dumps({"caption": "a blue bird"})}
+    videos = {"x/b.mp4": folder / "b.mp4", "x/c.mp4": folder / "more" / "a.mp4"}
+    pack(packed / "shard-000.tar", {**captions, **videos, "x/b.cls": "3"})
+    found = captioned_videos(packed)
+    assert [(video.member, video.caption) for video in found] == [
+        ("x/b.mp4", "a red fox"),
+        ("x/c.mp4", "a blue bird"),
+    ]
+    assert captioned_videos(packed / "shard-000.tar") == found
+    arguments = {"model": model_folder, "frames": 3, "device": "cpu"}
+    encode_folder(str(packed), str(tmp_path / "one"), **arguments)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name, content in {**captions, **videos}.items():
+        data = content.encode() if isinstance(content, str) else content.read_bytes()
+        (plain / name[2:]).write_bytes(data)
+    encode_folder(str(plain), str(tmp_path / "two"), **arguments)
+    one, two = ClipShards(tmp_path / "one"), ClipShards(tmp_path / "two")
+    assert len(one) == len(two) > 4 and one.prompts == two.prompts
+    assert torch.equal(one.batch(range(len(one)))[0], two.batch(range(len(two)))[0])
+
+
+def test_tar_files_that_cannot_be_used_are_told(folder, tmp_path):
+    video = {"a.mp4": folder / "b.mp4"}
+    with pytest.raises(UserError, match=r"x\.tar: a\.mp4 has no caption: write what it shows into a\.txt"):
+        captioned_videos(pack(tmp_path / "x.tar", video))
+    with pytest.raises(UserError, match=r"the caption beside .*x\.tar: a\.mp4 cannot be read"):
+        captioned_videos(pack(tmp_path / "x.tar", {**video, "a.json": "{"}))
+    whole = pack(tmp_path / "x.tar", {"a.txt": "a fox", **video})
+    assert len(captioned_videos(whole)) == 1
+    whole.write_bytes(whole.read_bytes()[: (folder / "b.mp4").stat().st_size // 2 + 1024])
+    with pytest.raises(UserError, match=r"x\.tar .*(cut short|no tar file)"):
+        captioned_videos(whole)
+    whole.write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(UserError, match=r"x\.tar is no tar file that can be read"):
+        captioned_videos(whole)
 
 
 def test_what_cannot_be_encoded_is_told(folder, model_folder, tmp_path):

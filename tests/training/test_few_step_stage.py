@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from streamvid.errors import UserError
-from streamvid.training.datasets import ClipShards
+from streamvid.training.datasets import ClipShards, ShardWriter
 from streamvid.training.few_step_stage import FewStepStage
 from streamvid.training.ode_pairs import PathMaker, make_ode_pairs
 
@@ -121,6 +121,21 @@ def test_consistency_targets_are_the_average_one_teacher_step_on(model_folder, l
         own = clip_x0(made.denoiser, x_t, times, text, made.plans, batch["clips"])
     torch.testing.assert_close(loss.detach(), (own - end).square().mean(), rtol=1e-3, atol=1e-5)
     assert build(model_folder, latents_folder, target="consistency", grid=4, guidance=3.0)(batch)[0] != loss
+
+
+def test_weights_beside_clips_count(model_folder, latents_folder, paths, tmp_path):
+    """Weights of 2 everywhere double the loss of consistency."""
+    writer = ShardWriter(tmp_path, {"kind": "latents", "shape": [12, *tiny.LATENT], "weights": True})
+    clips = ClipShards(latents_folder)
+    writer.write("a", clips.batch(range(8))[0].half(), clips.prompts, weights=torch.full((8, 12, 4, 4), 2.0))
+    options = {"target": "consistency", "grid": 4}
+    plain = build(model_folder, str(tmp_path), **options)
+    made = build(model_folder, str(tmp_path), **options, weighted=True)
+    batch = made.batch(0, 0, 0)
+    torch.testing.assert_close(made(batch)[0], 2 * plain(plain.batch(0, 0, 0))[0])
+    for data, target in ((latents_folder, "consistency"), (paths["causal"], "ode")):
+        with pytest.raises(UserError, match="weighted"):
+            build(model_folder, data, target=target, weighted=True)
 
 
 def test_the_average_follows_the_student(model_folder, latents_folder):

@@ -8,6 +8,7 @@ from streamvid.errors import UserError
 from streamvid.methods import load_method
 from streamvid.schedule import training_weights
 from streamvid.training.causal_forward import clip_x0, joint_levels, joint_windows, method_plans
+from streamvid.training.datasets import ShardWriter
 from streamvid.training.error_recycling import ErrorBank, RecyclingOptions
 from streamvid.training.flow_stage import FlowStage
 from streamvid.window import WindowOptions
@@ -80,6 +81,29 @@ def test_options_of_the_flow_count(stage):
     assert loss(unconditional_share=1.0) != loss(unconditional_share=1.0, negative_prompt="night falls")
 
 
+def test_weights_beside_clips_count(model_folder, tmp_path):
+    """The loss is linear in them; folders without weights are refused."""
+    clips, losses = tiny.clip(1, 12, batch=3).transpose(1, 2).half(), []
+    halves = torch.zeros(3, 12, 4, 4)
+    for name, weights in (("left", halves), ("right", halves), ("both", halves + 1)):
+        weights = weights.clone()
+        if name != "both":
+            weights[..., slice(0, 2) if name == "left" else slice(2, 4)] = 1
+        writer = ShardWriter(
+            tmp_path / name, {"kind": "latents", "shape": [12, *tiny.LATENT], "weights": True}
+        )
+        writer.write("a", clips, [["a red fox"]] * 3, weights=weights.half())
+        flow = {"frames": 12, "unconditional_share": 0.0, "weighted": True}
+        made = FlowStage({"folder": model_folder}, str(tmp_path / name), 2, flow)
+        losses.append(made(made.batch(0, 0, 0))[0])
+        assert made.shards.weights([0]).shape == (1, 1, 12, 4, 4)
+    left, right, both = losses
+    plain = FlowStage({"folder": model_folder}, str(tmp_path / "left"), 2, {**flow, "weighted": False})
+    torch.testing.assert_close(left + right, both)
+    torch.testing.assert_close(both, plain(plain.batch(0, 0, 0))[0])
+    assert abs(left - right) > 1e-4
+
+
 def test_clips_held_out_are_validated_on_and_never_drawn(stage, tmp_path):
     made = stage(held_out=6, batch_size=2)
     drawn = {tuple(made.batch(0, step, 0)["prompts"]) for step in range(20)}
@@ -99,6 +123,7 @@ def test_clips_held_out_are_validated_on_and_never_drawn(stage, tmp_path):
         ({"frames": 15}, "frames = 15 is more than the 12"),
         ({"recycling": {}}, "stage.recycling needs stage.flow.context = teacher_forcing"),
         ({"fox": 1}, "stage.flow.fox is not an option"),
+        ({"weighted": True}, "weighted = true needs clips with weights, and .* has none"),
     ],
 )
 def test_mistakes_are_one_sentence(stage, options, message):

@@ -81,7 +81,7 @@ def test_a_clip_is_the_render_of_its_labels(seed, vae, monkeypatch):
     encoded, labels, scenery, late = latents._clip(vae, np.random.default_rng(seed))
     ((shots, drawn, frames, first),) = spy.calls
     assert (frames, first, late) == (CLIP_FRAMES, 0, False)
-    assert torch.equal(encoded, latents._encode(vae, render_clip(shots, drawn, CLIP_FRAMES)))
+    assert torch.equal(encoded, latents.encode_frames(vae, render_clip(shots, drawn, CLIP_FRAMES)))
     assert labels == [scene_of(shots, block).labels() for block in range(BLOCKS)]
     assert Scenery.from_cells(scenery) == drawn
 
@@ -93,7 +93,7 @@ def test_a_first_block_is_the_beginning_of_a_render(seed, vae, monkeypatch):
     ((shots, drawn, frames, first),) = spy.calls
     assert (frames, first, late, len(shots)) == (block_start(1), 0, False, 1)
     whole = render_clip(shots, drawn, CLIP_FRAMES)
-    assert torch.equal(encoded, latents._encode(vae, whole[: block_start(1)])) and len(encoded) == 3
+    assert torch.equal(encoded, latents.encode_frames(vae, whole[: block_start(1)])) and len(encoded) == 3
     assert labels == [shots[0][1].labels()] and Scenery.from_cells(scenery) == drawn
 
 
@@ -105,19 +105,19 @@ def test_a_late_clip_is_a_beginning_and_four_blocks_of_later(seed, vae, monkeypa
     assert late and same == drawn and Scenery.from_cells(scenery) == drawn
     # block 0 is the encoding of the stream's beginning
     assert (first_shots, first_frames, zero) == (shots[:1], block_start(1), 0)
-    assert torch.equal(encoded[:3], latents._encode(vae, render_clip(shots[:1], drawn, 9)))
+    assert torch.equal(encoded[:3], latents.encode_frames(vae, render_clip(shots[:1], drawn, 9)))
     # the others are blocks m .. m + 3; the block before them only warms the encoder up
     m = start // 12 + 1
     assert frames == CLIP_FRAMES and start + 9 == block_start(m) and 6 <= m <= 80
     segment = render_clip(shots, drawn, CLIP_FRAMES, first_frame=start)
-    assert torch.equal(encoded[3:], latents._encode(vae, segment)[3:])
+    assert torch.equal(encoded[3:], latents.encode_frames(vae, segment)[3:])
     assert labels == [scene_of(shots, block).labels() for block in (0, m, m + 1, m + 2, m + 3)]
 
 
 def draw_nothing(monkeypatch) -> None:
     """Empty latents, as many as the frames would give."""
     monkeypatch.setattr(latents, "render_clip", lambda shots, scenery, frames, **_: frames)
-    monkeypatch.setattr(latents, "_encode", lambda vae, frames: torch.zeros((frames + 3) // 4, 1, 1, 1))
+    monkeypatch.setattr(latents, "encode_frames", lambda vae, frames: torch.zeros((frames + 3) // 4, 1, 1, 1))
 
 
 def test_late_clips_switch_in_the_past_or_where_it_is_seen(monkeypatch):
@@ -135,14 +135,14 @@ def test_finished_shards_are_not_encoded_again(shards, vae_folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
     names = ["clips_0000", "clips_0001", "first_0000"]
     assert sorted(before) == [f"{name}.safetensors" for name in names]
-    real = latents._encode
+    real = latents.encode_frames
 
     def never(*_):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(latents, "_encode", never)
+    monkeypatch.setattr(latents, "encode_frames", never)
     encode_shards(vae_folder, shards, **OPTIONS)
-    monkeypatch.setattr(latents, "_encode", real)
+    monkeypatch.setattr(latents, "encode_frames", real)
     for name in names[1:]:
         (shards / f"{name}.safetensors").unlink()
         (shards / f"{name}.tmp").write_bytes(b"killed while it was written")

@@ -21,7 +21,7 @@ def other(tmp_path_factory) -> str:
 
 
 def stage(folder: str, **changes) -> ModelStage:
-    return ModelStage(options(ModelOptions, {"folder": folder, **changes}, "stage.model"))
+    return ModelStage({"folder": folder, **changes})
 
 
 def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:

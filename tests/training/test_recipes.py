@@ -17,7 +17,7 @@ from streamvid.training.run import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"
 FILE = "diffusion_pytorch_model.safetensors"
-RECIPES = ["self_forcing", "longlive_long", "rolling_forcing", "reward_forcing", "sid", "gan"]
+RECIPES = ["self_forcing", "longlive_long", "longlive2", "rolling_forcing", "reward_forcing", "sid", "gan"]
 
 
 def config(name: str) -> str:

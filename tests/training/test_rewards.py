@@ -1,11 +1,15 @@
 """Rewards: a motion reward with a known answer, and errors."""
 
 import math
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from streamvid.errors import UserError
+from streamvid.io.video import read_video
 from streamvid.training.rewards import MotionReward, RewardOptions, load_reward, speed
 
 
@@ -37,6 +41,29 @@ def test_the_motion_reward_is_the_logarithm_of_the_speed():
     found = reward(clips, ["x"] * 5).tolist()
     assert found == pytest.approx([0, math.log(2), -math.log(2), 1, -1], abs=0.06)
     assert MotionReward(reference=1.0)(clips[:1], ["x"]).item() == pytest.approx(-math.log(2), abs=0.06)
+
+
+def test_video_reward_gets_videos_with_the_right_bytes_and_gives_motion_quality(monkeypatch):
+    """The adapter beside a stand-in for VideoAlign's scripts, which are no package: what it is given, what is taken."""
+    seen = {}
+
+    class Scorer:
+        def __init__(self, checkpoint, device, dtype):
+            seen.update(checkpoint=checkpoint, device=device, dtype=dtype)
+
+        def reward(self, paths, prompts, use_norm):
+            seen.update(prompts=prompts, use_norm=use_norm)
+            seen["frames"] = [np.stack(list(read_video(path))) for path in paths]
+            return [{"VQ": 9.0, "MQ": 0.25 * (i + 1), "TA": 9.0, "Overall": 9.0} for i in range(len(paths))]
+
+    monkeypatch.setitem(sys.modules, "inference", SimpleNamespace(VideoVLMRewardInference=Scorer))
+    reward = load_reward(RewardOptions("video_reward", options={"checkpoint": "folder", "device": "cpu"}))
+    assert (seen["checkpoint"], seen["device"], seen["dtype"]) == ("folder", "cpu", torch.bfloat16)
+    clips = torch.stack([torch.full((3, 5, 32, 48), value) for value in (-1.0, 0.5)])
+    assert reward(clips, ("a fox", "a cat")).tolist() == [0.25, 0.5]
+    assert seen["prompts"] == ["a fox", "a cat"] and seen["use_norm"] is True
+    for frames, grey in zip(seen["frames"], (0, 191), strict=True):
+        assert frames.shape == (5, 32, 48, 3) and abs(frames.astype(int) - grey).max() <= 3
 
 
 @pytest.mark.parametrize("options", [{"reference": 0}, {"limit": -1}, {"fox": 1}])

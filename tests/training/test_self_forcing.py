@@ -101,6 +101,34 @@ def test_the_generator_gets_the_published_gradient(stage):
     assert made.encode(["night"]).abs().sum() > 0
 
 
+@pytest.mark.parametrize("context", ["teacher_forcing", "diffusion_forcing"])
+def test_causal_scores_see_no_later_block(stage, context):
+    """LongLive 2: the gradient on a block is that of a clip which ends with it; bidirectional scores look ahead."""
+    made = stage(matching={"context": context, "normaliser": "block"}, teacher={"guidance": 1.0})
+    x, noise = tiny.clip(5, 12, batch=2), tiny.clip(6, 12, batch=2)
+    text, tau = made.encode(["a red fox", "the cat runs"]), torch.tensor([500.0, 800.0])
+    with torch.no_grad():
+        score = made._score(made.teacher, 1.0, noise, tau, text, x)
+        other = torch.cat([noise[:, :, :9], tiny.clip(7, 3, batch=2)], 2)
+        again = made._score(made.teacher, 1.0, other, tau, text, x)
+        torch.testing.assert_close(score[:, :, :9], again[:, :, :9], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(score[:, :, 9:], again[:, :, 9:])
+        past = torch.cat([x[:, :, :3] + 1, x[:, :, 3:]], 2)
+        moved = (made._score(made.teacher, 1.0, noise, tau, text, past) - score).abs().amax((0, 1, 3, 4))
+        clean_counts = context == "teacher_forcing"
+        assert (moved[:3] < 1e-5).all() and (moved[3:6] > 1e-5).all() == clean_counts
+    for phase in ("generator", "critic"):
+        loss, _ = run(made, phase)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(gradient.abs().sum() > 0 for gradient in gradients(made.parts()[phase]).values())
+
+
+def test_the_normaliser_of_a_block_counts(stage):
+    losses = [run(stage(matching={"normaliser": n}), "generator")[0].item() for n in ("clip", "block")]
+    assert losses[0] != losses[1]
+
+
 def test_the_critic_learns_the_flow_of_rollouts(stage):
     made = stage()
     clips, kept = made.clips.roll, {}
@@ -239,6 +267,17 @@ def test_the_first_frame_of_a_chunk_is_its_picture_as_a_still(stage):
     torch.testing.assert_close(clips[2].latents[:, :, :1], still, rtol=1e-4, atol=1e-4)
 
 
+def test_a_still_may_come_from_a_decoder_that_follows_a_few_frames(stage):
+    """As many as there are: the same still. Two of them: another one, of the same picture's latent."""
+    stills = [
+        chunks_of(stage(rollout={**LONG, "switch_share": 0.0, "still_frames": n}), ["critic"] * 2)[1].latents
+        for n in (0, 10, 2)
+    ]
+    assert torch.equal(stills[0], stills[1])
+    assert torch.equal(stills[0][:, :, 1:], stills[2][:, :, 1:])
+    assert not torch.equal(stills[0][:, :, 0], stills[2][:, :, 0])
+
+
 def test_prompts_switch_at_a_chunk_by_the_policy_of_inference(stage, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompts": ["a red fox walks", "the cat runs", "night falls"]}\n')
@@ -311,8 +350,15 @@ def test_rewards_weigh_clips(stage):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"matching": {"loss": "fox"}}, "matching.loss = 'fox' must be one of dmd, sid, none"),
-        ({"matching": {"loss": "none"}}, "none beside a gan only"),
+        ({"matching": {"loss": "fox"}}, "matching.loss = 'fox' is not known: choose one of dmd, sid, none"),
+        ({"matching": {"loss": "none"}}, "matching.loss = none needs stage.gan"),
+        (
+            {"matching": {"context": "fox"}},
+            "matching.context = 'fox' is not known: choose one of bidirectional",
+        ),
+        ({"matching": {"normaliser": "fox"}}, "matching.normaliser = 'fox' is not known"),
+        ({"matching": {"loss": "sid", "normaliser": "block"}}, "normaliser = block is for loss = dmd"),
+        ({"matching": {"context": "teacher_forcing"}, "gan": {}}, "of a bidirectional critic"),
         ({"matching": {"fox": 1}}, "stage.matching.fox is not an option: choose from loss, alpha"),
         ({"gan": {}}, "stage.latents and stage.gan need each other"),
         ({"reward": {"name": "fox"}}, "reward.name = 'fox' is not known: choose one of motion, video_reward"),

@@ -1,4 +1,10 @@
-"""FSDP2: the rollouts and losses of a sharded stage are those of a whole one (one process; no GPU is needed)."""
+"""FSDP2: the rollouts and losses of a sharded stage are those of a whole one (gloo; no GPU is needed)."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +17,8 @@ from streamvid.training.run import train
 from streamvid.training.self_forcing import SelfForcingStage
 from streamvid.training.sharding import make_contiguous, sharding_plugin
 from streamvid.transformer import CausalWanBlock
+
+WORKER = Path(__file__).parent / "sharded_worker.py"
 
 
 def gradients(stage: SelfForcingStage, phase: str, half: bool) -> dict[str, torch.Tensor]:
@@ -58,9 +66,39 @@ def test_a_sharded_stage_has_the_gradients_of_a_whole_one(half, model_folder, pr
         dist.destroy_process_group()
 
 
-def test_sharding_that_cannot_be_is_told(model_folder, prompt_file, tmp_path):
-    from pathlib import Path
+def test_two_sharded_processes_have_the_mean_gradients_of_one(model_folder, prompt_file, tmp_path):
+    """Each of two gloo processes holds half of the weights and rolls out its own clips."""
+    spec = importlib.util.spec_from_file_location("sharded_worker", WORKER)
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    output = tmp_path / "gradients.pt"
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(WORKER),
+    ]
+    told = subprocess.run(
+        [*launch, model_folder, prompt_file, str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    found = torch.load(output, weights_only=True)
+    assert 0.4 < found["share"] < 0.6
+    stage = worker.build(model_folder, prompt_file)
+    for phase in ("generator", "critic"):
+        halves = [worker.gradients(stage, phase, number) for number in (0, 1)]
+        for name, first in halves[0].items():
+            expected = (first + halves[1][name]) / 2
+            apart = (found["gradients"][phase][name] - expected).norm()
+            assert apart <= 1e-4 * expected.norm() + 1e-8, name
 
+
+def test_sharding_that_cannot_be_is_told(model_folder, prompt_file, tmp_path):
     assert sharding_plugin("ddp") is None and sharding_plugin("fsdp2").fsdp_version == 2
     with pytest.raises(UserError, match="sharding = 'fox' is not known: choose one of ddp, fsdp2"):
         sharding_plugin("fox")

@@ -370,6 +370,28 @@ def test_numbers_reach_tensorboard_once(tmp_path):
     assert "validation/weight" in events.Tags()["scalars"]
 
 
+def test_numbers_reach_weights_and_biases_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer(tmp_path / "run", report="wandb", validate_every=3).run()
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-run.wandb")
+    written = file.read_bytes()
+    assert written.count(b"log/loss") >= 6 and b"validation/weight" in written
+
+
+def test_weights_and_biases_that_cannot_begin_are_one_sentence(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**arguments):
+        raise wandb.errors.UsageError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        UserError, match=r"cannot begin \(api_key not configured \(no-tty\)\): log in, set WANDB_MODE"
+    ):
+        trainer(tmp_path, report="wandb").run()
+
+
 def test_reports_that_are_not_installed_are_told(tmp_path, monkeypatch):
     import sys
 

@@ -1,0 +1,226 @@
+"""The field's published questions, asked of the embedded model: `python -m streamvid.evaluation.findings`.
+
+A question compares arms: a model and how it is run. Every arm makes the videos of the method table (a minute of a held-out
+scene whose prompt changes at 10 s, streamvid.evaluation.method_table) for the same prompts and seeds; an answer is the mean
+difference from the question's first arm over prompts, with its 95% interval and a p adjusted for all comparisons (Holm).
+
+Every batch of videos is a file, so that a run that is stopped goes on. Arms whose model is not trained yet are left out.
+`--page` writes the answers into a page, between its marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from streamvid.errors import UserError
+from streamvid.evaluation.adherence import in_processes, shipped_probe
+from streamvid.evaluation.method_table import COLUMNS, Job, Openings, all_jobs, run, summary
+from streamvid.evaluation.stage_table import gain, is_there
+from streamvid.evaluation.stats import by_group, holm
+from streamvid.evaluation.stored import fingerprint, read_stored, write_stored
+from streamvid.io.files import replace_atomically
+from streamvid.models import load_pipeline, model_method
+from streamvid.training.model_stage import options as read_options
+
+MARKS = "<!-- findings:start -->", "<!-- findings:end -->"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model and how it is run; method None: its own."""
+
+    name: str
+    model: str
+    method: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Arms, each compared with the first by the measures that tell."""
+
+    ask: str
+    arms: tuple[str, ...]
+    measures: tuple[str, ...]
+
+
+def read_questions(path: str | Path) -> tuple[list[Arm], list[Question]]:
+    """Arms and questions of a YAML file.
+
+    Raises:
+        UserError: the file is wrong, or a question names an arm or a measure that does not exist.
+    """
+    try:
+        given = yaml.safe_load(Path(path).read_text())
+        arms = [read_options(Arm, row, "arms") for row in given["arms"]]
+        questions = [read_options(Question, row, "questions") for row in given["questions"]]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(
+            f"questions = {str(path)!r} cannot be read ({type(error).__name__}): give a YAML file with arms and questions"
+        ) from None
+    known = {arm.name for arm in arms}
+    for question in questions:
+        for name, choices in ((question.arms, known), (question.measures, COLUMNS)):
+            for wrong in [n for n in name if n not in choices]:
+                raise UserError(
+                    f"question {question.ask!r}: {wrong!r} is not known: choose from {', '.join(sorted(choices))}"
+                )
+    return arms, questions
+
+
+def rows_of(arm: Arm) -> Callable[[Sequence[Job]], list[dict[str, float]]]:
+    """What measures batches of videos of an arm, loaded here."""
+    method = arm.method or model_method(arm.model)
+    assert method is not None
+    pipe, probe = load_pipeline(arm.model), shipped_probe()
+    return partial(run, pipe, probe, method, openings=Openings(), overrides=arm.overrides)
+
+
+def measure_arm(
+    arm: Arm, prompts: int, seeds: Sequence[int], batch: int, folder: Path, processes: int
+) -> dict[str, np.ndarray]:
+    """Every measure of an arm, per video, seed by seed."""
+    jobs = all_jobs(prompts, seeds)
+    batches = [jobs[first : first + batch] for first in range(0, len(jobs), batch)]
+    pipe = load_pipeline(arm.model)
+    weights = fingerprint(pipe.transformer, pipe.text_encoder, pipe.vae, shipped_probe())
+    known = {"prompts": prompts, "seeds": list(seeds), "batch": batch, "weights": weights}
+    known |= {"method": arm.method, "overrides": arm.overrides}
+    paths = [folder / arm.name.replace(" ", "_") / f"{number}.json" for number in range(len(batches))]
+    found: list[Any] = [read_stored(path, known) for path in paths]
+    missing = [number for number, rows in enumerate(found) if rows is None]
+    with in_processes(processes, partial(rows_of, arm)) as answer:
+        for number, rows in zip(missing, answer([batches[n] for n in missing]), strict=True):
+            found[number] = write_stored(paths[number], known, rows)
+            print(
+                f"{arm.name}: {sum(r is not None for r in found)}/{len(batches)} batches of videos",
+                flush=True,
+            )
+    every = [row for rows in found for row in rows]
+    return {name: np.array([row[name] for row in every]) for name in COLUMNS}
+
+
+def answers(
+    questions: Sequence[Question], measured: Mapping[str, Mapping[str, np.ndarray]], prompts: int, seeds: int
+) -> list[dict[str, Any]]:
+    """Every question's comparisons; arms that were not measured are left out."""
+    groups = [f"{index:06d}" for _ in range(seeds) for index in range(prompts)]
+
+    def shares(arm: str, measure: str) -> np.ndarray:
+        return by_group(measured[arm][measure].tolist(), groups)
+
+    found: list[dict[str, Any]] = []
+    for question in questions:
+        first, *others = question.arms
+        comparisons = [
+            {"arm": arm, "measure": name, **gain(shares(first, name), shares(arm, name))}
+            for arm in others
+            for name in question.measures
+            if first in measured and arm in measured
+        ]
+        missing = [arm for arm in question.arms if arm not in measured]
+        found.append({"ask": question.ask, "first": first, "comparisons": comparisons, "missing": missing})
+    every = [comparison for answer in found for comparison in answer["comparisons"]]
+    for comparison, p in zip(every, holm([c["p"] for c in every]), strict=True):
+        comparison["p_holm"] = round(p, 4)
+    return found
+
+
+def page_lines(result: Mapping[str, Any]) -> list[str]:
+    """The answers as Markdown."""
+    arms = {arm["name"]: arm for arm in result["arms"]}
+    lines = [f"{result['prompts']} held-out prompts, seeds {result['seeds']} (`{result['command']}`).", ""]
+    for answer in result["questions"]:
+        lines += [f"### {answer['ask']}", ""]
+        names = [c["arm"] for c in answer["comparisons"]]
+        if answer["missing"]:
+            lines += [f"Not measured yet: {', '.join(answer['missing'])}.", ""]
+        if not names:
+            continue
+        measures = list(dict.fromkeys(c["measure"] for c in answer["comparisons"]))
+        lines += ["| | " + " | ".join(measures) + " |", "|---" * (1 + len(measures)) + "|"]
+        base = arms[answer["first"]]["measures"]
+        cells = [f"{base[m]['mean']:.3f} ± {base[m]['interval']:.3f}" for m in measures]
+        lines.append(f"| {answer['first']} | {' | '.join(cells)} |")
+        for name in dict.fromkeys(names):
+            told = {c["measure"]: c for c in answer["comparisons"] if c["arm"] == name}
+            cells = [
+                f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]{'*' if c['p_holm'] < 0.05 else ''}"
+                for c in (told[m] for m in measures)
+            ]
+            lines.append(f"| {name}, difference | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def write_page(path: Path, lines: Sequence[str]) -> None:
+    """Put lines between the marks of a page.
+
+    Raises:
+        UserError: it has no marks.
+    """
+    text = path.read_text()
+    start, end = MARKS
+    if start not in text or end not in text:
+        raise UserError(f"page = {str(path)!r} has no marks: add {start} and {end}")
+    before, after = text.split(start)[0], text.split(end)[1]
+    with replace_atomically(path) as temporary:
+        temporary.write_text(f"{before}{start}\n" + "\n".join(lines).rstrip() + f"\n{end}{after}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("questions", nargs="?", default="configs/stages/diorama_findings.yaml")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--batch", type=int, default=25, help="videos denoised together")
+    parser.add_argument("--processes", type=int, default=1, help="of one thread each")
+    parser.add_argument("--parts", type=Path, default=Path("out/findings"), help="folder of a file per batch")
+    parser.add_argument("--output", type=Path, default=Path("out/findings.json"))
+    parser.add_argument(
+        "--page", type=Path, help="a page whose marks take the answers, e.g. docs/findings.md"
+    )
+    options = parser.parse_args(arguments)
+    arms, questions = read_questions(options.questions)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    seeds = " ".join(map(str, options.seeds))
+    command = f"python -m streamvid.evaluation.findings --prompts {options.prompts} --seeds {seeds}"
+    result: dict[str, Any] = {
+        "command": command,
+        "prompts": options.prompts,
+        "seeds": options.seeds,
+        "arms": [],
+    }
+    measured: dict[str, dict[str, np.ndarray]] = {}
+    for arm in arms:
+        if not is_there(arm.model):
+            print(f"{arm.name}: {arm.model} is not there yet, left out", flush=True)
+            continue
+        values = measure_arm(
+            arm, options.prompts, options.seeds, options.batch, options.parts, options.processes
+        )
+        measured[arm.name] = values
+        videos = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        result["arms"].append({"name": arm.name, "model": arm.model, "measures": summary(videos)})
+        result["questions"] = answers(questions, measured, options.prompts, len(options.seeds))
+        with replace_atomically(options.output) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    lines = page_lines(result) if measured else []
+    if options.page and lines:
+        write_page(options.page, lines)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The field's questions, with arms of known behaviour."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamvid.errors import UserError
+from streamvid.evaluation import findings
+from streamvid.evaluation.findings import Question, answers, main, read_questions
+from streamvid.evaluation.method_table import COLUMNS
+from streamvid.methods import load_method
+from streamvid.models import model_method
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = """
+arms:
+  - {name: plain, model: diorama}
+  - {name: no sink, model: diorama, overrides: {sink: 0}}
+  - {name: later, model: runs/absent}
+questions:
+  - {ask: Do sinks prevent drift?, arms: [plain, no sink], measures: [drift, end]}
+  - {ask: And later?, arms: [plain, later], measures: [end]}
+"""
+
+
+def test_the_shipped_questions_name_methods_that_exist():
+    arms, questions = read_questions(ROOT / "configs" / "stages" / "diorama_findings.yaml")
+    for arm in arms:
+        load_method(arm.method or "longlive_infinite", arm.overrides)
+    assert model_method("diorama") == "longlive_infinite" and len(questions) == 7
+    assert {name for question in questions for name in question.arms} == {arm.name for arm in arms}
+    text = (ROOT / "docs" / "findings.md").read_text()
+    assert all(mark in text for mark in findings.MARKS)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Videos in no time: without a sink the drift is 2 more, the end 0.25 less for every second case."""
+    calls = []
+
+    def rows_of(arm):
+        def rows(jobs, arm=arm):
+            calls.append(arm.name)
+            worse = arm.overrides.get("sink") == 0
+            return [
+                dict.fromkeys(COLUMNS, 1.0)
+                | {
+                    "drift": 5.0 + 2 * worse + seed % 1000 / 10,
+                    "end": 1.0 - 0.25 * (worse and seed // 1000 % 2),
+                }
+                for _, seed in jobs
+            ]
+
+        return rows
+
+    class Pipe:
+        transformer = text_encoder = vae = None
+
+    monkeypatch.setattr(findings, "rows_of", rows_of)
+    monkeypatch.setattr(findings, "load_pipeline", lambda model: Pipe)
+    monkeypatch.setattr(findings, "shipped_probe", lambda: None)
+    monkeypatch.setattr(findings, "fingerprint", lambda *modules: "weights")
+    (tmp_path / "questions.yaml").write_text(FILE)
+    arguments = [str(tmp_path / "questions.yaml"), "--prompts", "8", "--seeds", "0", "1", "--batch", "5"]
+    arguments += ["--parts", str(tmp_path / "parts"), "--output", str(tmp_path / "findings.json")]
+    return calls, partial(main, arguments), tmp_path
+
+
+def test_answers_are_differences_from_the_first_arm(quick):
+    calls, ask, folder = quick
+    ask()
+    found = json.loads((folder / "findings.json").read_text())
+    first, second = found["questions"]
+    drift, end = first["comparisons"]
+    assert (drift["measure"], drift["difference"], drift["low"], drift["high"]) == ("drift", 2.0, 2.0, 2.0)
+    assert end["difference"] == pytest.approx(-0.125) and end["low"] < -0.125 < end["high"] <= 0
+    assert drift["p"] < 0.05 and drift["p_holm"] == pytest.approx(2 * drift["p"], abs=1e-4)
+    assert second["comparisons"] == [] and second["missing"] == ["later"]
+    assert [arm["name"] for arm in found["arms"]] == ["plain", "no sink"]
+    assert found["arms"][1]["measures"]["drift"]["mean"] == pytest.approx(7.05)
+    assert len(calls) == 2 * 4
+    ask()  # all is kept
+    assert len(calls) == 8
+
+
+def test_the_page_gets_the_answers_and_keeps_the_rest(quick):
+    _, ask, folder = quick
+    page = folder / "page.md"
+    page.write_text("before\n<!-- findings:start -->\nold\n<!-- findings:end -->\nafter\n")
+    main_with_page = partial(ask.func, [*ask.args[0], "--page", str(page)])
+    main_with_page()
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert (
+        "### Do sinks prevent drift?" in text and "| no sink, difference | +2.000 [+2.000, +2.000]*" in text
+    )
+    assert "Not measured yet: later." in text
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="has no marks: add <!-- findings:start -->"):
+        main_with_page()
+
+
+def test_seeds_of_a_prompt_stay_together():
+    """Two seeds that differ by chance are one prompt each: no false certainty."""
+    values = {name: np.arange(8.0) for name in COLUMNS}
+    other = {name: np.array([4, 5, 6, 7, 0, 1, 2, 3.0]) for name in COLUMNS}
+    (found,) = answers([Question("?", ("a", "b"), ("end",))], {"a": values, "b": other}, 4, 2)
+    assert found["comparisons"][0]["difference"] == 0.0 == found["comparisons"][0]["high"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("no sink]", "fox]"), "'fox' is not known: choose from later, no sink, plain"),
+        (("[drift, end]", "[fox]"), "'fox' is not known: choose from"),
+        (("overrides", "fox"), "arms.fox is not an option"),
+        (("questions:", "fox:"), "cannot be read .KeyError."),
+    ],
+)
+def test_mistakes_are_one_sentence(change, message, tmp_path):
+    (tmp_path / "x.yaml").write_text(FILE.replace(*change))
+    with pytest.raises(UserError, match=message):
+        read_questions(tmp_path / "x.yaml")
