@@ -47,9 +47,10 @@ class CaptionedVideo:
         if self.member is None:
             yield self.path
             return
-        with tempfile.TemporaryDirectory() as folder, _open_tar(self.path) as archive:
+        with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / ("video" + PurePosixPath(self.member).suffix)
-            place.write_bytes(_content(archive, self.path, self.member))
+            with _open_tar(self.path) as archive:
+                place.write_bytes(_content(archive, self.path, self.member))
             yield place
 
 
@@ -94,6 +95,8 @@ def _tar_videos(path: Path) -> list[CaptionedVideo]:
         for name in _names(archive, path):
             pure = PurePosixPath(name)
             stem, _, suffix = pure.name.partition(".")
+            if not stem:  # a hidden file
+                continue
             keys.setdefault(str(pure.with_name(stem)), {})["." + suffix.lower()] = name
         for key, members in sorted(keys.items()):
             for video in (members[suffix] for suffix in members if suffix in VIDEOS):
@@ -107,10 +110,12 @@ def _tar_videos(path: Path) -> list[CaptionedVideo]:
 @contextmanager
 def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, "r:") as archive:
             yield archive
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path} is no tar file that can be read ({error}): make it again") from None
+        raise UserError(
+            f"{path} is no tar file that can be read ({error}): make it again, not compressed"
+        ) from None
 
 
 def _names(archive: tarfile.TarFile, path: Path) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from streamvid.decoding import channels_last, encode, encoder_state
@@ -50,7 +51,7 @@ CLIPS, FIRST_BLOCKS = "clips", "first"  # kinds of shards: whole clips, and many
 
 def load_clips(folder: str | Path, kind: str = CLIPS) -> Clips:
     """All finished shards of a folder."""
-    parts = [load_file(path) for path in sorted(Path(folder).glob(f"{kind}_*.safetensors"))]
+    parts = [_load_shard(path) for path in sorted(Path(folder).glob(f"{kind}_*.safetensors"))]
     if not parts:
         raise UserError(
             f"latents = {str(folder)!r} holds no shards of {kind}: run the stage of kind latents first"
@@ -58,6 +59,16 @@ def load_clips(folder: str | Path, kind: str = CLIPS) -> Clips:
     return Clips(
         *(torch.cat([part[name] for part in parts]) for name in ("latents", "labels", "scenery", "late"))
     )
+
+
+def _load_shard(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        part = load_file(path)
+    except (SafetensorError, OSError):
+        part = {}
+    if set(part) != {"latents", "labels", "scenery", "late"}:
+        raise UserError(f"shard {path} is damaged: delete it and run the stage of kind latents again")
+    return part
 
 
 def encode_shards(

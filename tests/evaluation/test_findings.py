@@ -21,8 +21,8 @@ arms:
   - {name: no sink, model: diorama, overrides: {sink: 0}}
   - {name: later, model: runs/absent}
 questions:
-  - {ask: Do sinks prevent drift?, arms: [plain, no sink], measures: [drift, end]}
-  - {ask: And later?, arms: [plain, later], measures: [end]}
+  - {ask: "Do sinks prevent drift?", arms: [plain, no sink], measures: [drift, end]}
+  - {ask: "And later?", arms: [plain, later], measures: [end]}
 """
 
 

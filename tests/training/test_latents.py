@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from streamvid.errors import UserError
 from streamvid.training import latents
@@ -213,3 +213,15 @@ def test_a_folder_without_shards_of_a_kind_is_refused(kind, tmp_path, vae_folder
     assert len(load_clips(tmp_path, {"clips": "first", "first": "clips"}[kind])) == 100
     with pytest.raises(UserError, match=rf"latents = '.*' holds no shards of {kind}: run the stage of kind"):
         load_clips(tmp_path, kind)
+
+
+@pytest.mark.parametrize("content", [b"x" * 200, b"", None])
+def test_a_shard_that_is_damaged_is_named(content, tmp_path):
+    """Rubbish, an empty file, and a file of other tensors."""
+    path = tmp_path / "clips_0000.safetensors"
+    if content is None:
+        save_file({"fox": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard .*clips_0000.safetensors is damaged: delete it and run"):
+        load_clips(tmp_path)
