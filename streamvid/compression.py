@@ -56,7 +56,7 @@ class TokenLedger:
         self.ids = torch.full((layers, batch, tokens), -1, dtype=torch.long, device=keys.device)
         self.uses = torch.zeros_like(self.ids)
         self.spare_ids, self.spare_uses = self.ids.clone(), self.uses.clone()
-        tail = (options.recent_frames - options.frames_per_block) * tokens_per_frame
+        tail = (options.whole_frames - options.frames_per_block) * tokens_per_frame
         self.queries = torch.zeros(layers, batch, tail, heads, head_dim, dtype=keys.dtype, device=keys.device)
         self.queries_before = torch.zeros_like(self.queries)  # the block that is being made
         self.begun: int | None = None

@@ -111,6 +111,9 @@ class ContextCache:
         self.latents = torch.zeros(batch, options.window, *latent_shape, dtype=dtype, device=device)
         self.sink_latents = torch.zeros(batch, options.sink, *latent_shape, dtype=dtype, device=device)
         self.rotated_at: dict[int, float] = {}  # frame -> position its stored key is rotated at
+        self.reencoded: tuple[int, torch.Tensor] | None = (
+            None  # a frame, and latents in the place of its clean ones
+        )
         self.attention = attention_backend(attention)
         self._own: list[tuple[slice, slice]] = []
         self._frozen_runs = 0  # of `_own`: written by the first forward only
@@ -154,8 +157,10 @@ class ContextCache:
         for slot in plan.window:
             if slot.slot < self.sink_slots and slot not in plan.own:
                 position = slot.position + anchor
-                if self.options.fuse or self.rotated_at[slot.frame] != position:
-                    self._realign(slot, position)
+                if (
+                    self.options.fuse or self.rotated_at[slot.frame] != position
+                ):  # also where it is NO_POSITION
+                    self._realign(slot, position, anchor)
         self.rotated_at |= {slot.frame: slot.position + anchor for slot in plan.own}
         self._choose_keys(plan)
         # raw keys are needed only while the block lies in slots that may be re-aligned
@@ -184,10 +189,12 @@ class ContextCache:
             return self.quantised.span(slot)
         return self.keys[:, :, self._span(slot)], self.values[:, :, self._span(slot)]
 
-    def _realign(self, slot: WindowSlot, position: float) -> None:
-        """Rotate a sink slot's raw key to a new position, in all layers."""
+    def _realign(self, slot: WindowSlot, position: float, anchor: float) -> None:
+        """Rotate a sink slot's raw key to a new position, in all layers; to none, where it has no position."""
         raw_keys = self.raw_keys if self._fused_for is None else self.fused_keys
         by = self._turn([position])
+        if math.isnan(position):  # `anchor` is where positions begin
+            by = rotation([anchor], 1, 1, self.head_dim, self.device, self.temporal)
         span = self._span(slot.slot)
         self._stored(slot.slot)[0].copy_(rotate(raw_keys[:, :, span], by))
         self.rotated_at[slot.frame] = position
@@ -297,7 +304,14 @@ class ContextCache:
 
     def runs(self, layer: int) -> list[tuple[slice, slice]]:
         """Token slices (in the block, in the buffer) that the next forward writes."""
-        return self._own[self._frozen_runs if layer in self._begun else 0 :]
+        first = layer not in self._begun
+        if (
+            first
+            and self._plan.compressed_from
+            and self.options.recent_frames < self.options.frames_per_block
+        ):
+            return []  # compression has written what stays of the block
+        return self._own[0 if first else self._frozen_runs :]
 
     def seen(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -348,8 +362,11 @@ class ContextCache:
     def clean_latents(self, plan: BlockPlan) -> torch.Tensor:
         """Clean latents `[B, C, F, H, W]` of the plan's own frames, for a replay."""
         start, sink = self.planner.sink_start, self.options.sink
+        other = dict([self.reencoded] if self.reencoded is not None else [])
         frames = [
-            self.sink_latents[:, frame - start]
+            other[frame].to(self.latents)
+            if frame in other
+            else self.sink_latents[:, frame - start]
             if frame - start < sink
             else self.latents[:, frame % self.options.window]
             for frame in plan.frames
@@ -442,8 +459,11 @@ class ContextCache:
         pairs = [self._stored(self.planner.slot_of[frame]) for frame in frames]
         keys, values = (torch.cat([pair[part][layer] for pair in pairs], 1) for part in (0, 1))
         if not rotated:
-            by = self._turn(self.rotated_at[frame] for frame in frames)
-            keys = rotate(keys, Rotation(by.cos, -by.sin))
+            at = [self.rotated_at[frame] for frame in frames]
+            by = self._turn(0.0 if math.isnan(position) else position for position in at)
+            unrotated = torch.tensor([math.isnan(position) for position in at], device=keys.device)
+            unrotated = unrotated.repeat_interleave(self.tokens_per_frame)[:, None, None]
+            keys = torch.where(unrotated, keys, rotate(keys, Rotation(by.cos, -by.sin)))
         return keys, values
 
 

@@ -9,6 +9,7 @@ The rows are recorded from the planner, the samplers and the switch policies tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -224,10 +225,10 @@ def enough_blocks(options: WindowOptions, switches: Mapping[int, str]) -> int:
 
 
 def runs(numbers: Sequence[float]) -> str:
-    """Numbers with neighbours drawn together: `0-2, 15-23`."""
+    """Numbers with neighbours drawn together: `0-2, 15-23`; `none` for what has none."""
     texts = []
     for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        members = [f"{number:.15g}" for _, number in group]
+        members = ["none" if math.isnan(number) else f"{number:.15g}" for _, number in group]
         texts.append(members[0] if len(members) == 1 else f"{members[0]}-{members[-1]}")
     return ", ".join(texts)
 
@@ -331,7 +332,7 @@ def budget_sum(options: WindowOptions) -> str:
     """Budget = sink + frames' worth of chosen tokens + recent, the block among them."""
     if options.budget is None:
         return "-"
-    recent = options.recent_frames
+    recent = options.whole_frames
     return f"{options.budget} = {options.sink} + {options.budget - options.sink - recent} + {recent}"
 
 

@@ -53,6 +53,8 @@ COUNTS_WITH: dict[str, tuple[str, Callable[[Method], bool]]] = {
     "solver": ("sampler = few_step", lambda m: m.sampler == "few_step"),
     "micro_steps": ("sampler = rolling", lambda m: m.sampler == "rolling"),
     "context_window": ("sampler = rolling", lambda m: m.sampler == "rolling"),
+    "cache_frames": ("sampler = rolling", lambda m: m.sampler == "rolling"),
+    "reencode": ("recompute = True and sink = 0", lambda m: m.recompute and m.sink == 0),
     "first_denoising_steps": ("sampler = few_step", lambda m: m.sampler == "few_step"),
     "far_decay": ("trained_frames", lambda m: m.trained_frames is not None),
     "far_scale": ("trained_frames", lambda m: m.trained_frames is not None),
@@ -92,8 +94,11 @@ class Method:
         denoising_steps: levels of the few-step sampler before warping; None takes those of the model's scheduler.
         first_denoising_steps: other levels for the first block of a stream or scene (Causal-Forcing's one and two steps).
         recompute: before every block its past is written anew from clean latents; no context passes (Krea).
+        reencode: the oldest frame of that past comes from its pixels, encoded anew as a picture (Krea, without its
+            keep_first_frame).
         context_timestep: timestep of the context pass (the releases' `context_noise`; no noise is added).
         context_window: what the context pass of the rolling sampler sees: the same as denoising, or what the release shows.
+        cache_frames: frames that the rolling sampler's cache holds at most, as the release counts them; None: sink + window.
         kv_dtype: how keys and values of finished frames are stored (streamvid.kv_storage).
         transition: prompt-switch policy where a script or a live prompt names none (streamvid.switching).
     """
@@ -130,8 +135,10 @@ class Method:
     denoising_steps: tuple[float, ...] | None = None
     first_denoising_steps: tuple[float, ...] | None = None
     recompute: bool = False
+    reencode: bool = False
     context_timestep: float = 0.0
     context_window: str = "same"
+    cache_frames: int | None = None
     kv_dtype: str = "native"
     transition: str = "recache"
 
@@ -225,6 +232,7 @@ class Method:
             shot_offset=self.shot_offset,
             pin_shots=self.pin_shots,
             sink_filling=self.sink_filling,
+            cache_frames=self.cache_frames,
         )
 
     def new_sampler(self) -> Sampler:

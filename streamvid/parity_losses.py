@@ -69,10 +69,7 @@ class _Variant:
 
     def __init__(self, case: Case, name: str, settings: Mapping[str, Any]):
         self.case, self.name, self.settings = case, name, settings
-        if settings.get("ts_schedule"):
-            raise case.missing(f"variants.{name}.ts_schedule", "timesteps bound to the exit step")
-        if settings.get("min_score_timestep"):
-            raise case.missing(f"variants.{name}.min_score_timestep", "timesteps that do not start at 0")
+        # `ts_schedule` and `min_score_timestep` bound the draw of the timestep, and what was drawn is recorded
         if settings.get("denoising_loss_type", "flow") != "flow":
             raise case.missing(f"variants.{name}.denoising_loss_type", "another loss than flow")
         self.clip = case.input("generator_x0").clone().requires_grad_()

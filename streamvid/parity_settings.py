@@ -31,6 +31,7 @@ STREAMING_OPTIONS = {
     "sink_size": "sink",
     "sink_frames": "sink",
     "attention_frames": "window",
+    "cache_frames": "cache_frames",
     "context_noise": "context_timestep",
     "ema_decay": "sink_decay",
     "budget_frames": "budget",
@@ -94,11 +95,6 @@ def _rolling(case: Case, streaming: dict) -> dict[str, Any]:
             f"streaming.rolling_window_blocks = {streaming['rolling_window_blocks']}",
             f"a rolling window of other than one block per level ({len(levels)})",
         )
-    if streaming["cache_frames"] < streaming["attention_frames"] + streaming["sink_frames"]:
-        raise case.missing(
-            f"streaming.cache_frames = {streaming['cache_frames']}",
-            "a cache shorter than attention_frames and sink_frames together",
-        )
     return {
         "sampler": "rolling",
         "positions": "sink_before_window",
@@ -109,13 +105,9 @@ def _rolling(case: Case, streaming: dict) -> dict[str, Any]:
 
 def _block_by_block(case: Case, streaming: dict) -> dict[str, Any]:
     """One window, one block after the other."""
-    window, capacity = streaming["local_attn_size"], streaming["cache_capacity_frames"]
-    if window > capacity:
-        raise UserError(
-            f"{case.folder}/case.json: streaming.local_attn_size = {window} exceeds cache_capacity_frames = {capacity}: "
-            "record the case again"
-        )
-    if window == -1:
+    span, capacity = streaming["local_attn_size"], streaming["cache_capacity_frames"]
+    window = min(span, capacity)  # a buffer shorter than the span is attended as a whole
+    if span == -1:
         window = capacity
         if case.section("latent", LATENT_KEYS)["F"] > capacity:
             raise UserError(
@@ -127,7 +119,11 @@ def _block_by_block(case: Case, streaming: dict) -> dict[str, Any]:
     after_rope = case.settings.get("cache", {}).get("k_stored_after_rope", True)
     if not isinstance(after_rope, bool):
         raise case.missing(f"cache.k_stored_after_rope = {after_rope!r}", "keys of both kinds in one cache")
-    return {"window": window, "positions": POSITIONS[after_rope]}
+    options = {"window": window, "positions": POSITIONS[after_rope]}
+    joined = _longlive(case) or "ema_decay" in streaming  # the sink is attended wherever it is
+    if not joined and streaming["sink_size"] <= capacity - window > 0:
+        options["sink"] = 0  # Self Forcing attends the end of its buffer, which the sink is out of
+    return options
 
 
 def _averaged(case: Case, streaming: dict) -> dict[str, Any]:
@@ -138,10 +134,10 @@ def _averaged(case: Case, streaming: dict) -> dict[str, Any]:
 def _deep(case: Case, streaming: dict) -> dict[str, Any]:
     """Deep Forcing, which shortens its cache when that is full: a larger one would be another window."""
     window, capacity = streaming["local_attn_size"], streaming["cache_capacity_frames"]
-    if window not in (-1, capacity):
+    if -1 != window < capacity:
         raise case.missing(
             f"streaming.cache_capacity_frames = {capacity}",
-            f"a cache of other than local_attn_size = {window}",
+            f"a deep sink in a cache larger than local_attn_size = {window}",
         )
     options = _block_by_block(case, streaming)
     if options["positions"] != "absolute":
@@ -200,9 +196,10 @@ def check_derived(case: Case, method: Method, switches: dict[int, str]) -> None:
     recorded = cache.get("rolls", len(rolls))
     if isinstance(recorded, list):
         rows += [
-            (f"cache.rolls[{number}].{key}", entry.get(key), value)
+            (f"cache.rolls[{number}].{key}", entry[key], value)
             for number, (entry, roll) in enumerate(zip(recorded, rolls, strict=False))
             for key, value in roll.items()
+            if key in entry
         ]
         recorded = len(recorded)
     rows.append(("the number of cache.rolls", recorded, len(rolls)))
@@ -243,6 +240,8 @@ def switch_policies(case: Case) -> dict[int, str]:
     if not frames:
         return {}
     sink = "keep_once_full" if streaming["global_sink"] else "reanchor"
+    if streaming["local_attn_size"] == -1:  # all of the stream is replayed, and the sink is where it was
+        sink = "reencode"
     blocks: list[int] = []
     for frame in frames:
         block = -(-frame // streaming["frames_per_block"])

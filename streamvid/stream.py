@@ -30,6 +30,7 @@ from streamvid.control import Mailbox, PromptChange, Receipt, Restart, StreamSta
 from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.direction import Blend, BlockSetup, Director, PromptKeys
 from streamvid.errors import UserError
+from streamvid.given import encode_frames
 from streamvid.methods import Method
 from streamvid.noise import (
     NoiseSource,
@@ -113,6 +114,9 @@ class VideoStream:
         self.noise = noise
         self.origin = noise_state(noise)  # where a reset goes back to
         self.given: torch.Tensor | None = None
+        if method.reencode and not decode_pixels:
+            raise UserError("reencode = True encodes decoded pixels: leave decode_pixels on, or reencode out")
+        self.shown: torch.Tensor | None = None  # last pixels of the latest latent frames, with `reencode`
         self.current = first
         self.blend: Blend | None = None
         self.mailbox = Mailbox()
@@ -149,7 +153,7 @@ class VideoStream:
             plan = self.cache.planner.plan()
             self.cache.begin(plan)
             self.cache.commit(self.sampler.context_pass(inputs, plan, latents), latents)
-            decode_to_bytes(self.pipe.decoder, latents, self.decoder)
+            self.shown = self._last_pixels(decode_to_bytes(self.pipe.decoder, latents, self.decoder))
 
     def prompt(self, text: str | list[str], policy: str | None = None) -> Receipt:
         """Switch to another prompt at the next block; thread-safe, the last call before the block wins.
@@ -275,6 +279,7 @@ class VideoStream:
         setup, prompt_kv, events = self._set_up(clock, undo)
         inputs = self._inputs(setup, prompt_kv)
         with clock.stage("denoise"):
+            self.cache.reencoded = self._reencoded()
             plan, latents = self.sampler.denoise(inputs)
         with clock.stage("context"):
             committed = self.sampler.context_pass(inputs, plan, latents)
@@ -299,7 +304,7 @@ class VideoStream:
         self.cache.commit(committed, latents)
         self.sampler.commit()
         self.current, self.noise, self.steps = setup.current, setup.noise, setup.steps
-        self.blend, self.decoder = setup.blend, decoder
+        self.blend, self.decoder, self.shown = setup.blend, decoder, self._last_pixels(videos)
         self.block += 1
         self.frames_shown += shown
         self.mailbox.applied(chunk.index, chunk.media_time)
@@ -341,7 +346,7 @@ class VideoStream:
         self.sampler = self.method.new_sampler()
         self.decoder = decoder_state(self.pipe.decoder)
         self.steps = self.director.steps(self.method.denoising_steps)
-        self.block, self.frames_shown, self.blend = 0, 0, None
+        self.block, self.frames_shown, self.blend, self.shown = 0, 0, None, None
         self._show_given()
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -407,6 +412,7 @@ class VideoStream:
             "cache": self.cache.state_dict(compact),
             "sampler": self.sampler.state_dict(),
             "decoder": None if compact else self.decoder.state_dict(),
+            "shown": None if compact else self.shown,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -420,7 +426,7 @@ class VideoStream:
             self.blend = None if state["blend"] is None else Blend(**state["blend"], policy=policy)
             self.cache.load_state_dict(state["cache"])
             self.sampler.load_state_dict(state["sampler"])
-            self.decoder = decoder_state(self.pipe.decoder)
+            self.decoder, self.shown = decoder_state(self.pipe.decoder), state.get("shown")
             if state["decoder"] is not None:
                 self.decoder.load_state_dict(state["decoder"])
             elif self.cache.planner.next_frame > 0:
@@ -432,7 +438,7 @@ class VideoStream:
         prompt_kv = self.pipe.transformer.prompt_kv(told)
         self.cache.rebuild(lambda plan: self._context_pass(plan, prompt_kv))
         for latents in self.cache.latest_latents().split(self.method.frames_per_block, 2):
-            self._pixels(latents, self.decoder)
+            self.shown = self._last_pixels(self._pixels(latents, self.decoder))
 
     # --- parts of a block -------------------------------------------------------------------------------------------
 
@@ -457,6 +463,24 @@ class VideoStream:
     def _context_pass(self, plan, prompt_kv: PromptKV) -> None:
         """Replay a plan's clean latents at t = 0, rewriting their keys and values (`cache.begin` was called)."""
         self._inputs(self._setup, prompt_kv).context_pass(self.cache.clean_latents(plan))
+
+    def _last_pixels(self, videos_BTHWC: np.ndarray) -> torch.Tensor | None:
+        """`shown` once these frames are shown too."""
+        if not self.method.reencode:
+            return None
+        last = torch.from_numpy(videos_BTHWC[:, :: -self.pipe.temporal_ratio][:, ::-1].copy())
+        latest = last if self.shown is None else torch.cat([self.shown, last], 1)
+        return latest[:, -(self.method.window - self.method.frames_per_block) :]
+
+    def _reencoded(self) -> tuple[int, torch.Tensor] | None:
+        """The oldest frame that the next block's past is written from, and latents `[B, C, H, W]` of its last pixels as a
+        picture: nothing that the latents of an endless stream could have taken on survives in it (Krea)."""
+        planner, method = self.cache.planner, self.method
+        frame = planner.next_frame - (method.window - method.frames_per_block)
+        if self.shown is None or frame <= planner.scene_start:  # a scene's first frame is a picture already
+            return None
+        picture = self.shown[:, frame - planner.next_frame][:, None].numpy()
+        return frame, encode_frames(self.pipe.vae, picture)[:, :, 0]
 
     def _pixels(self, latents_BCFHW: torch.Tensor, decoder: VaeState) -> np.ndarray:
         if not self.decode_pixels:

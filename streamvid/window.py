@@ -40,7 +40,10 @@ class WindowOptions:
         fuse_release: as released, every eviction starts at sink frame 0, and one of another size overwrites the sink.
         memories: every evicted frame changes each of the last so many sink frames instead (MemRoPE).
         budget: a full window is compressed to so many frames, token by token (Deep Forcing); None: frames are dropped.
-        recent: frames at the end of the window, the block included, that a compression keeps whole.
+        recent: frames at the end of the window, the block included, that a compression keeps whole. With positions =
+            deep_forcing_release it may be less than a block: the rest of the block has to be chosen in its first forward,
+            and overwrites chosen tokens in the later ones.
+        cache_frames: with joint blocks, frames kept at most, the first block of the window included; None: sink + window.
         first_sink_shift: for positions = deep_forcing_release.
         shot_offset: positions skipped at every new shot (LongLive 2).
         pin_shots: the first frames of the newest shot stay in the window too, as many as the sink (LongLive 2).
@@ -62,6 +65,7 @@ class WindowOptions:
     shot_offset: int = 0
     pin_shots: bool = False
     sink_filling: str = "clean"
+    cache_frames: int | None = None
 
     def __post_init__(self) -> None:
         block = self.frames_per_block
@@ -72,7 +76,9 @@ class WindowOptions:
         if self.joint_blocks < 1:
             raise UserError(f"joint_blocks = {self.joint_blocks} must be at least 1")
         least = self.sink * (1 + self.pin_shots) + block * self.joint_blocks
-        if self.window < least:
+        if self.cache_frames is not None:
+            self._check_cache_frames(self.cache_frames)
+        elif self.window < least:
             jointly = f"{self.joint_blocks} blocks" if self.joint_blocks > 1 else "a block"
             raise UserError(
                 f"window = {self.window} cannot hold sink = {self.sink} and {jointly} of {block} "
@@ -101,15 +107,24 @@ class WindowOptions:
         if self.budget is not None:
             self._check_budget(self.budget)
 
+    def _check_cache_frames(self, frames: int) -> None:
+        """As released, the window of the first block may reach beyond the span: the span only bounds what is added to it."""
+        least = self.sink + self.frames_per_block
+        if frames < least or self.window < least:
+            raise UserError(
+                f"cache_frames = {frames} and window = {self.window} must both hold sink = {self.sink} and a block of "
+                f"{self.frames_per_block} latent frames: give at least {least}"
+            )
+
     def _check_budget(self, budget: int) -> None:
-        recent = self.recent_frames
-        if recent < self.frames_per_block:
+        recent, whole = self.recent_frames, self.whole_frames
+        if recent < self.frames_per_block and (recent < 1 or self.positions != "deep_forcing_release"):
             raise UserError(
                 f"recent = {recent} must hold the block of {self.frames_per_block} latent frames itself: give at least that"
             )
-        if not self.sink + recent <= budget <= self.window:
+        if not self.sink + whole <= budget <= self.window:
             raise UserError(
-                f"budget = {budget} must lie between sink + recent = {self.sink + recent} and window = {self.window}"
+                f"budget = {budget} must lie between sink + recent = {self.sink + whole} and window = {self.window}"
             )
         if self.joint_blocks > 1 or self.fuse or self.pin_shots or self.positions == "cache_relative":
             raise UserError(
@@ -122,10 +137,18 @@ class WindowOptions:
         return self.frames_per_block if self.recent is None else self.recent
 
     @property
+    def whole_frames(self) -> int:
+        """Frames at the end of a compressed window that have slots of their own."""
+        return max(self.recent_frames, self.frames_per_block)
+
+    @property
     def history(self) -> int:
         """Recent finished frames kept beside the sink for the blocks to come."""
+        if self.joint_blocks == 1:
+            return self.window - self.frames_per_block - self.sink
         # windows of joint blocks are small at first and then see more of the past than a full one
-        return self.window - self.frames_per_block - (self.sink if self.joint_blocks == 1 else 0)
+        kept = self.window if self.cache_frames is None else min(self.window, self.cache_frames - self.sink)
+        return kept - self.frames_per_block
 
     @property
     def slots(self) -> int:
@@ -143,7 +166,8 @@ NO_POSITION = math.nan  # one object, so that equal plans compare equal
 class WindowSlot:
     """One attended latent frame: where its keys are, which frame of the stream it is, at which position it is seen.
 
-    A slot of compressed tokens holds no one frame: its `frame` is negative, its `position` is `NO_POSITION`.
+    A slot of compressed tokens holds no one frame: its `frame` is negative, its `position` is `NO_POSITION`. A frame
+    without a position is attended with the keys that it had before rotation.
     """
 
     slot: int
@@ -221,7 +245,7 @@ class WindowPlanner:
             stored = len(self.live_frames) + len(self.compressed) + count
             return self._compress(own) if stored > self.options.window else self._append(own)
         sink, recent = self._split([*self.live_frames, *own])
-        attended = sink + self._recent(recent, self.options.window - self.options.sink)
+        attended = sink + self._recent(recent, self._room(count))
         kept = self._recent([frame for frame in recent if frame < own[0]], self.options.history)
         evicted = [frame for frame in self.live_frames if frame not in attended and frame not in kept]
         taken = {slot for frame, slot in self.slot_of.items() if frame not in evicted}
@@ -235,8 +259,9 @@ class WindowPlanner:
     def context_plan(self, plan: BlockPlan, released: bool = False) -> BlockPlan:
         """Plan of the context pass of a window's first block, which alone is finished.
 
-        It sees what the joint forward saw before it. As `released`, Rolling Forcing shows it the sink at its index while
-        all that is stored fits into the window, and no sink afterwards.
+        It sees what the joint forward saw before it. As `released`, Rolling Forcing shows it the last frames of all that is
+        stored: the sink at its index while everything fits into the window; afterwards what remains of it, if anything
+        does, before rotation, as it is stored.
         """
         count = self.options.frames_per_block
         own = plan.own[:count]
@@ -245,11 +270,16 @@ class WindowPlanner:
         stored = [
             frame for frame in self.live_frames if frame not in plan.evicted and frame not in plan.frames
         ]
-        seen = [*stored, *(slot.frame for slot in own)]
-        if len(seen) > self.options.window:
-            seen = self._split(seen)[1][-self.options.window :]
+        stored += [slot.frame for slot in own]
+        seen = stored[max(0, len(stored) - self.options.window) :]
+        unrotated = self._split(seen)[0] if len(seen) < len(stored) else []
         slot_of = self.slot_of | {slot.frame: slot.slot for slot in own}
-        window = tuple(WindowSlot(slot_of[frame], frame, float(self._index(frame))) for frame in seen)
+        window = tuple(
+            WindowSlot(
+                slot_of[frame], frame, NO_POSITION if frame in unrotated else float(self._index(frame))
+            )
+            for frame in seen
+        )
         return replace(plan, window=window, own=window[len(window) - count :])
 
     def replay(self, with_sink: bool = False) -> list[BlockPlan]:
@@ -396,6 +426,13 @@ class WindowPlanner:
                 break
         return missing + latest
 
+    def _room(self, count: int) -> int:
+        """For the block's `count` frames and recent ones, beside the sink."""
+        room = self.options.window - self.options.sink
+        if self.options.cache_frames is not None:
+            room = min(max(room, count), self.options.history + count)
+        return room
+
     def _index(self, frame: int) -> int:
         """Of a frame in its scene, with the offset of its shot."""
         shots = sum(frame >= shot for shot in self.shots)
@@ -412,7 +449,7 @@ class WindowPlanner:
     def _compress(self, own: list[int]) -> BlockPlan:
         """The block arrives at a full window: sink, chosen tokens and recent frames move to the front of the buffer."""
         sink, others = self._split(self.live_frames)
-        recent = [*others, *own][-self.options.recent_frames :]
+        recent = [*others, *own][-self.options.whole_frames :]
         first = len(sink)
         chosen = (self.options.budget or 0) - first - len(recent)
         slots = range(first + chosen, first + chosen + len(recent))

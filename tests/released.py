@@ -1,8 +1,7 @@
 """The released caches and loops, restated from their description, to be compared with the engine.
 
-Nothing here knows of plans, slots of a ring or a cache that rotates relative positions: buffers shift as they do in the
-releases, sets of keys are concatenated, softmax is written out. Only the network between the attentions is ours; it is
-proved by a recorded forward. All lengths are in latent frames, `f` tokens each.
+Nothing here is ours, or knows of plans, slots of a ring or a cache that rotates relative positions: buffers shift as they
+do in the releases, sets of keys are concatenated, softmax is written out. All lengths are in latent frames, `f` tokens each.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from released_network import Network, rope, softmax_attention
 
 
 @dataclass
@@ -36,29 +36,9 @@ class Release:
     context_noise: float = 0.0
 
 
-def rope(x_BLHD: torch.Tensor, positions, grid) -> torch.Tensor:
-    """Rotate the tokens of frames at `positions`: a complex product in float64."""
-    rows, columns = grid
-    pairs = x_BLHD.shape[-1] // 2
-    space = pairs // 3
-    parts = []
-    for count, axis in ((pairs - 2 * space, 0), (space, 1), (space, 2)):
-        omega = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)
-        where = [(p, r, c)[axis] for p in positions for r in range(rows) for c in range(columns)]
-        parts.append(torch.tensor(where, dtype=torch.float64)[:, None] * omega)
-    turn = torch.polar(torch.ones((), dtype=torch.float64), torch.cat(parts, -1))[:, None]
-    z = torch.view_as_complex(x_BLHD.double().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(z * turn).flatten(-2).to(x_BLHD.dtype)
-
-
 def shift_in_time(x_BLHD: torch.Tensor, by: float) -> torch.Tensor:
     """Turn rotated keys further along the temporal channels only."""
     return rope(x_BLHD, [by] * x_BLHD.shape[1], (1, 1))
-
-
-def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
 @dataclass
@@ -197,11 +177,13 @@ class ReleasedCache:
 class Levels:
     """The schedule: warped levels and their noise."""
 
-    def __init__(self, steps, shift: float = 5.0):
-        u = torch.linspace(1, 0, 1001)[:-1]
+    def __init__(
+        self, steps, shift: float = 5.0, warp: bool = True, sigma_min: float = 0.0, extra: bool = True
+    ):
+        u = torch.linspace(1, sigma_min, 1000 + extra)[:1000]
         self.table = shift * u / (1 + (shift - 1) * u)
         times = torch.cat([1000 * self.table, torch.zeros(1)])
-        self.steps = [float(times[1000 - round(v)]) for v in steps]
+        self.steps = [float(times[1000 - round(v)]) if warp else float(v) for v in steps]
 
     def sigma(self, t: float) -> float:
         return float(self.table[(1000 * self.table - t).abs().argmin()])
@@ -213,30 +195,9 @@ class Levels:
         return (1 - self.sigma(t)) * x0 + self.sigma(t) * noise
 
 
-@dataclass
-class Network:
-    """Velocity of latents `[B, F, C, H, W]`, one timestep per frame."""
-
-    transformer: object
-
-    def __call__(self, x, times, prompt, context):
-        t = torch.tensor(times, dtype=torch.float32).expand(x.shape[0], -1)
-        out = self.transformer(
-            x.transpose(1, 2), t, encoder_hidden_states=prompt, context=context, return_dict=False
-        )
-        return out[0].transpose(1, 2)
-
-
-def new_cache(release: Release, network: Network, batch: int, grid) -> ReleasedCache:
-    config = network.transformer.config
-    shape = (
-        batch,
-        release.capacity * grid[0] * grid[1],
-        config.num_attention_heads,
-        config.attention_head_dim,
-    )
-    layers = [Layer(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
-    return ReleasedCache(release, layers, grid)
+def new_layers(network: Network, batch: int, grid, capacity: int) -> list[Layer]:
+    shape = (batch, capacity * grid[0] * grid[1], network.heads, network.head_dim)
+    return [Layer(torch.zeros(shape), torch.zeros(shape)) for _ in range(network.layers)]
 
 
 def stored_tensors(cache: ReleasedCache, prefix: str) -> dict[str, torch.Tensor]:
@@ -256,7 +217,7 @@ def play(
     """Block by block, with recaches: what a case records, and which frame sits in which slot at the end."""
     noise, block = inputs["noise"], release.block
     batch, frames = noise.shape[:2]
-    cache = new_cache(release, network, batch, grid)
+    cache = ReleasedCache(release, new_layers(network, batch, grid, release.capacity), grid)
     out, got = torch.zeros_like(noise), {}
     waiting, segment, applied = list(release.switches), 0, []
     slots: list[int] = []
@@ -273,7 +234,7 @@ def play(
         cache.start = start
         x = noise[:, start : start + block]
         for step, t in enumerate(levels.steps):
-            flow = network(x, [t] * block, prompt, cache)
+            flow = network(x, [t] * block, prompt, cache.attend)
             if number == step == 0:
                 got["flow/first"] = flow
             x0 = levels.clean(x, flow, t)
@@ -281,7 +242,7 @@ def play(
             if step + 1 < len(levels.steps):
                 x = levels.noisy(x0, inputs[f"renoise/{number}/{step}"], levels.steps[step + 1])
         out[:, start : start + block] = x0
-        network(x0, [release.context_noise] * block, prompt, cache)
+        network(x0, [release.context_noise] * block, prompt, cache.attend)
         slots += range(start, start + block)
         surplus = len(slots) - cache.layers[0].end
         del slots[release.sink : release.sink + surplus]
@@ -297,13 +258,13 @@ def _recache(
     release: Release, network, cache: ReleasedCache, out, start: int, prompt, slots: list[int]
 ) -> list[int]:
     """One forward over the last clean frames under the new prompt; the frames then in the slots."""
-    count = min(release.window if release.window != -1 else 21, start)
+    count = start if release.window == -1 else min(release.window, start)
     if not release.global_sink:
         for c in cache.layers:
             c.k.zero_()
             c.v.zero_()
     cache.start, cache.rewrites_sink = start - count, not release.global_sink
-    network(out[:, start - count : start], [release.context_noise] * count, prompt, cache)
+    network(out[:, start - count : start], [release.context_noise] * count, prompt, cache.attend)
     cache.rewrites_sink = False
     return slots if release.global_sink else list(range(start - count, start))
 
@@ -373,7 +334,7 @@ def roll(
     noise, prompt = inputs["noise"], inputs["prompt/0"]
     batch, frames = noise.shape[:2]
     count, deep = frames // block, len(levels.steps)
-    cache = RollingCache(block, sink, span, new_cache_layers(network, batch, grid, capacity), grid, capacity)
+    cache = RollingCache(block, sink, span, new_layers(network, batch, grid, capacity), grid, capacity)
     buffered, out, got = torch.zeros_like(noise), torch.zeros_like(noise), {}
     for window in range(count + deep - 1):
         first, last = max(0, window - deep + 1), min(count - 1, window)
@@ -383,7 +344,7 @@ def roll(
             x[:, -block:] = noise[:, last * block : (last + 1) * block]
         stages = [window - b for b in range(first, last + 1)]
         cache.start, cache.context = first * block, False
-        flow = network(x, [levels.steps[s] for s in stages for _ in range(block)], prompt, cache)
+        flow = network(x, [levels.steps[s] for s in stages for _ in range(block)], prompt, cache.attend)
         if window == 0:
             got["flow/first"] = flow
         pieces = []
@@ -401,15 +362,9 @@ def roll(
                     pieces[index], fresh, levels.steps[stage + 1]
                 )
         cache.context = True
-        network(pieces[0], [context_noise] * block, prompt, cache)
+        network(pieces[0], [context_noise] * block, prompt, cache.attend)
     for number, c in enumerate(cache.layers):
         f = grid[0] * grid[1]
         got[f"cache/{number}/k"], got[f"cache/{number}/v"] = c.k[:, : c.end * f], c.v[:, : c.end * f]
     end = cache.layers[0].end
     return got | {"latents": out}, {"slots": [*range(sink), *range(frames - end + sink, frames)]}
-
-
-def new_cache_layers(network: Network, batch: int, grid, capacity: int) -> list[Layer]:
-    config = network.transformer.config
-    shape = (batch, capacity * grid[0] * grid[1], config.num_attention_heads, config.attention_head_dim)
-    return [Layer(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]

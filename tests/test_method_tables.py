@@ -115,6 +115,13 @@ def test_recache_is_what_was_recorded():
     assert texts(anew[9])[1] == "12-14, 18-26"
 
 
+def test_what_is_seen_before_rotation_has_no_position():
+    """The rest of the sink in the window of the released context pass, where the cache is shorter than sink and window."""
+    method = load_method("rolling_forcing_release", {"cache_frames": 23})
+    last = planned(method, 20)[-1]
+    assert last.kind == "context" and texts(last)[1:] == ("2, 40-59", "none, 40-59")
+
+
 # --- the same as streams --------------------------------------------------------------------------------------------
 
 SMALL = {
@@ -127,6 +134,12 @@ SMALL = {
         "sampler": "rolling",
         "positions": "sink_before_window",
         "context_window": "release",
+    },
+    "rolling, unrotated": {
+        "sampler": "rolling",
+        "positions": "sink_before_window",
+        "context_window": "release",
+        "cache_frames": 10,
     },
     "pinned": {"window": 12, "shot_offset": 3, "pin_shots": True},
 }

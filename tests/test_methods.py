@@ -357,6 +357,7 @@ def test_impossible_options_are_named(overrides, message):
             {"context_window": "release"},
             "context_window = 'release' would have no effect: set sampler",
         ),
+        ("longlive", {"cache_frames": 24}, "cache_frames = 24 would have no effect: set sampler = rolling"),
         (
             "longlive_infinite",
             {"shot_offset": 8},

@@ -3,19 +3,18 @@
 The restatement is first proved on the shipped recordings; then it records cases of its own, which the engine has to replay.
 """
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from released import Levels, Network, Release, play, roll
-from safetensors.torch import load_file, save_file
-from tiny import transformer
+from recording import GRIDS, drawn_model, random_text, write_case
+from released import Levels, Release, play, roll
+from released_network import Network, random_weights
+from safetensors.torch import load_file
 
 from streamvid.parity import run_case
 from streamvid.parity_case import Case
-from streamvid.parity_stream import case_transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {
@@ -74,7 +73,8 @@ def test_the_restatement_is_the_recorded_release(name):
     streaming, latent = case.settings["streaming"], case.settings["latent"]
     levels = Levels(case.settings["schedule"]["denoising_step_list"])
     grid = (latent["H"] // 2, latent["W"] // 2)
-    network = Network(case_transformer(case))
+    weights = {name.removeprefix("model."): t for name, t in case.tensors("weights").items()}
+    network = Network(weights, case.settings["model"])
     got, _ = replay(KINDS.get(name, "rolling"), streaming, network, case.inputs, levels, grid)
     assert got.keys() == case.outputs.keys()
     for key, recorded in case.outputs.items():
@@ -83,16 +83,14 @@ def test_the_restatement_is_the_recorded_release(name):
 
 # --- cases of our own -------------------------------------------------------------------------------------------------
 
-MODEL = {
-    "ffn_dim": 32,
-    "num_layers": 2,
-    "in_dim": 16,
-    "out_dim": 16,
-    "text_dim": 16,
-    "text_len": 8,
-    "freq_dim": 16,
-}
-STEPS = ([1000, 750, 500, 250], [1000, 500], [1000], [1000, 900, 400], [1000, 500, 0])
+STEPS = ([1000, 750, 500, 250], [1000, 500], [1000], [1000, 900, 400], [1000, 500, 0], [750, 300])
+SCHEDULES = (  # warp, shift, end of the table, whether that is left out
+    *[(True, 5.0, 0.0, True)] * 3,
+    (False, 5.0, 0.0, True),
+    (True, 8.0, 0.0, True),
+    (True, 1.0, 0.0, True),
+    (True, 3.0, 0.003, False),
+)
 
 
 def switches(draw: random.Random, blocks: int, block: int) -> list[int]:
@@ -104,17 +102,21 @@ def switches(draw: random.Random, blocks: int, block: int) -> list[int]:
 def drawn_settings(kind: str, draw: random.Random) -> dict:
     """A `streaming` section that the release can run."""
     if kind == "rolling":
-        steps, block = draw.randint(2, 5), draw.randint(1, 3)
+        steps, block = draw.randint(2, 5), draw.randint(1, 4)
         blocks = draw.randint(steps, steps + 8)
-        span = block * (steps + 1 + draw.randint(0, 3))
+        # a full window leaves room for some frames between it and the sink, or lacks room for the sink
+        span = block * (steps + 1) + draw.choice([0, 0, block, 2 * block, draw.randint(-block, 3 * block)])
+        capacity = draw.choice(
+            [span + block, span + block, draw.randint(max(2 * block, span - block), span + 2 * block)]
+        )
         return {
             "frames_per_block": block,
             "blocks": blocks,
-            "context_noise": 0.0,
+            "context_noise": draw.choice([0.0, 0.0, 40.0]),
             "rolling_window_blocks": steps,
             "windows": blocks + steps - 1,
             "attention_frames": span,
-            "cache_frames": span + block,
+            "cache_frames": capacity,
             "sink_frames": block,
         }
     block = draw.randint(1, 4)
@@ -147,10 +149,12 @@ def drawn_settings(kind: str, draw: random.Random) -> dict:
         streaming["mode"] = "deep sink only"
     if kind == "deep_compression":
         recent = draw.randint(block, block + 3)
-        window = sink + recent + draw.randint(0, 7)
-        budget = draw.randint(
-            sink + recent - 1, window + 1
-        )  # the release keeps it between sink + recent and window
+        if draw.random() < 0.3:
+            recent = draw.randint(1, block)  # the block is not kept as a whole
+        whole = sink + max(recent, block)
+        window = whole + draw.randint(0, 7)
+        # the release keeps it between sink + recent and window
+        budget = draw.randint(whole - (recent >= block), window + 1)
         streaming |= {
             "local_attn_size": window,
             "cache_capacity_frames": window,
@@ -173,17 +177,16 @@ def drawn_settings(kind: str, draw: random.Random) -> dict:
 def record(folder: Path, kind: str, seed: int) -> None:
     """Draw settings, weights and inputs, run the restatement, and write what it did as a case."""
     draw = random.Random(f"{kind} {seed}")
-    streaming = drawn_settings(kind, draw)
-    heads, head_dim = draw.choice([(2, 12), (1, 24), (3, 16)])
+    streaming, model = drawn_settings(kind, draw), drawn_model(draw)
     steps = draw.choice(STEPS)
     if kind == "rolling":
         steps = sorted(draw.sample(range(100, 1000), streaming["rolling_window_blocks"] - 1), reverse=True)
         steps = [1000, *steps]
     batch = 1 if kind == "infinite" else draw.randint(1, 2)
-    grid = draw.choice([(2, 2), (1, 3)])
+    grid = draw.choice(GRIDS)
     block, frames = streaming["frames_per_block"], streaming["frames_per_block"] * streaming["blocks"]
     height, width = 2 * grid[0], 2 * grid[1]
-    network = Network(transformer(seed, num_attention_heads=heads, attention_head_dim=head_dim))
+    weights = random_weights(model, seed)
     segments = len(streaming.get("switch_frame_indices", ())) + 1
     random_ = torch.Generator().manual_seed(seed)
     inputs = {"noise": torch.randn(batch, frames, 16, height, width, generator=random_)}
@@ -191,17 +194,14 @@ def record(folder: Path, kind: str, seed: int) -> None:
         for step in range(len(steps) - 1):
             shape = (batch, block, 16, height, width)
             inputs[f"renoise/{number}/{step}"] = torch.randn(shape, generator=random_)
-    rows = [[draw.randint(1, 8) for _ in range(batch)] for _ in range(segments)]
-    for segment in range(segments):
-        text = torch.randn(batch, MODEL["text_len"], MODEL["text_dim"], generator=random_)
-        for b in range(batch):
-            text[b, rows[segment][b] :] = 0
-        inputs[f"prompt/{segment}"] = text
-    levels = Levels(steps)
-    outputs, seen = replay(kind, streaming, network, inputs, levels, grid)
+    rows = [[draw.randint(1, model["text_len"]) for _ in range(batch)] for _ in range(segments)]
+    inputs |= {f"prompt/{s}": random_text(model, rows[s], random_) for s in range(segments)}
+    warp, shift, sigma_min, extra = draw.choice(SCHEDULES)
+    levels = Levels(steps, shift, warp, sigma_min, extra)
+    outputs, seen = replay(kind, streaming, Network(weights, model), inputs, levels, grid)
     raw = kind in ("infinite", "reward")
     cache = {
-        "layers": 2,
+        "layers": model["num_layers"],
         "tokens_per_frame": grid[0] * grid[1],
         "k_stored_after_rope": not raw,
         "v_has_rope": False,
@@ -213,35 +213,26 @@ def record(folder: Path, kind: str, seed: int) -> None:
     if "switch_frame_indices" in streaming:
         streaming["switches_applied_at_frame"] = seen["applied"]
     project = {"longlive": "LongLive v1", "infinite": "LongLive v1"}.get(kind, kind)
+    latent = {"B": batch, "F": frames, "C": 16, "H": height, "W": width}
     settings = {
         "reference": {"project": project},
-        "model": MODEL | {"dim": heads * head_dim, "num_heads": heads, "head_dim": head_dim},
-        "latent": {
-            "B": batch,
-            "F": frames,
-            "C": 16,
-            "H": height,
-            "W": width,
-            "tokens_per_frame": grid[0] * grid[1],
-        },
+        "model": model,
+        "latent": latent | {"tokens_per_frame": grid[0] * grid[1]},
         "schedule": {
             "denoising_step_list": steps,
             "warped_denoising_steps": levels.steps,
-            "warp": True,
-            "timestep_shift": 5.0,
+            "warp": warp,
+            "timestep_shift": shift,
             "num_train_timesteps": 1000,
-            "sigma_min": 0.0,
-            "extra_one_step": True,
+            "sigma_min": sigma_min,
+            "extra_one_step": extra,
         },
         "streaming": streaming,
         "prompts": {"segments": segments, "valid_rows": rows},
         "cache": cache,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "case.json").write_text(json.dumps(settings))
-    save_file(inputs, folder / "inputs.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, folder / "outputs.safetensors")
-    save_file(dict(network.transformer.state_dict()), folder / "weights.safetensors")
+    weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+    write_case(folder, settings, inputs, outputs, weights)
 
 
 CASES = [

@@ -42,7 +42,7 @@ LONGLIVE = COMMON | {
     "sink_size": (2, FAILS),
     "cache_capacity_frames": (15, "frames_in_slots has 12 frames"),
 }
-NOT_DEEP = "a cache of other than local_attn_size"
+NOT_DEEP = "a deep sink in a cache larger than local_attn_size"
 # every setting of a case -> another value, and what becomes of it
 CHANGES = {
     "longlive_infinite": LONGLIVE,
@@ -60,7 +60,7 @@ CHANGES = {
     },
     "rolling_forcing": COMMON
     | {
-        "frames_per_block": (5, "window = 21 cannot hold sink = 3 and 5 blocks of 5"),
+        "frames_per_block": (5, "do not match the noise"),
         "rolling_window_blocks": (4, "a rolling window of other than one block per level"),
         "windows": (18, "streaming.windows is 18, and the other settings give 19"),
         "attention_frames": (18, FAILS),
@@ -143,6 +143,8 @@ def test_no_setting_is_ignored(tmp_path, name, key, capsys):
             {"streaming": {"switch_frame_indices": [7, 24], "switches_applied_at_frame": [9, 24]}},
         ),
         ("rolling_forcing", {"schedule": {"denoising_step_list": [1000, 800, 600, 400, 300]}}),
+        ("rolling_forcing", {"streaming": {"cache_frames": 22}, "cache": {"frames_in_slots": None}}),
+        ("deep_forcing_short_window", {"streaming": {"recent_frames": 2}}),
     ],
 )
 def test_another_setting_is_out_of_tolerance(tmp_path, name, sections, capsys):
@@ -193,14 +195,14 @@ def test_a_switch_is_rounded_up_to_a_block(tmp_path):
         ),
         (
             "deep_forcing_short_window",
-            {"streaming": {"recent_frames": 2}},
-            "recent = 2 must hold the block of 3",
+            {"streaming": {"recent_frames": 0}},
+            "recent = 0 must hold the block of 3",
         ),
         ("deep_forcing_ds", {"cache": {"k_stored_after_rope": False}}, "keys are stored before RoPE"),
         ("reward_forcing", {"streaming": {"ema_decay": 1.5}}, "sink_decay = 1.5 must be between 0 and 1"),
         ("reward_forcing", {"streaming": {"sink_size": 0}}, "sink = 0 leaves evicted frames nothing"),
-        ("rolling_forcing", {"streaming": {"cache_frames": 23}}, "a cache shorter than attention_frames"),
-        ("rolling_forcing", {"streaming": {"sink_frames": 7}}, "a cache shorter than attention_frames"),
+        ("rolling_forcing", {"streaming": {"cache_frames": 23}}, "frames_in_slots has 24 frames"),
+        ("rolling_forcing", {"streaming": {"cache_frames": 5}}, "cache_frames = 5 and window = 21 must both"),
         (
             "rolling_forcing",
             {"schedule": {"denoising_step_list": [1000, 500]}},

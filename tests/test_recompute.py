@@ -2,11 +2,13 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from streamvid.errors import UserError
+from streamvid.given import encode_frames
 from streamvid.methods import load_method
 from streamvid.sampler import few_step_block
 
@@ -16,9 +18,9 @@ LEVELS = [1000, 500]
 
 
 def start(pipe=None, **overrides):
-    options = {name: overrides.pop(name) for name in ("blocks", "seed") if name in overrides}
+    options = {name: overrides.pop(name) for name in ("blocks", "seed", "decode_pixels") if name in overrides}
     chosen = {"denoising_steps": LEVELS, "transition": "cross_only", **overrides}
-    return (pipe or tiny.pipeline()).stream(FOX, overrides=chosen, decode_pixels=False, **options)
+    return (pipe or tiny.pipeline()).stream(FOX, overrides=chosen, **{"decode_pixels": False, **options})
 
 
 @torch.no_grad()
@@ -121,6 +123,64 @@ def test_the_bias_on_the_past_is_not_in_what_is_written_anew():
     stream.cache._choose_keys = noting
     list(islice(stream, 3))
     assert masks == [(0, False), (0, False), (3, True), (0, False), (3, False), (6, True)]
+
+
+# --- its oldest frame from pixels ---------------------------------------------------------------------------------------
+
+PICTURE = {**KREA, "sink": 0, "reencode": True, "decode_pixels": True}
+
+
+@pytest.mark.parametrize("window", [6, 8])
+def test_the_oldest_frame_of_the_past_is_a_picture_encoded_anew(window):
+    """With a window of 6 it is the pixel frame 9 frames back, the oldest that Krea's release holds."""
+    stream, plain = (start(**{**PICTURE, "window": window, "reencode": on}) for on in (True, False))
+    clean, written = stream.cache.clean_latents, []
+    stream.cache.clean_latents = lambda plan: written.append(clean(plan)) or written[-1]
+    shown, latents = [], []
+    for block in range(5):
+        chunk, other = next(stream), next(plain)
+        oldest = 3 * block - (window - 3)
+        if latents:
+            expected = torch.cat(latents, 2)[:, :, max(0, oldest) :].clone()
+            if oldest > 0:
+                pixel = 4 * oldest  # the last of its four
+                assert window != 6 or pixel == sum(video.shape[1] for video in shown) - 9
+                picture = np.concatenate(shown, 1)[:, pixel : pixel + 1]
+                expected[:, :, :1] = encode_frames(stream.pipe.vae, picture)
+            torch.testing.assert_close(torch.cat(written, 2), expected, atol=0, rtol=0)
+        assert torch.equal(chunk.latents, other.latents) == (oldest <= 0)
+        shown.append(chunk.videos)
+        latents.append(chunk.latents)
+        written.clear()
+
+
+def test_a_stream_with_reencoding_goes_on_from_any_moment():
+    """Forked, after a failure, after a reset, after a cut."""
+    stream = start(**PICTURE)
+    whole = [chunk.latents for chunk in islice(stream, 5)]
+    again = start(**PICTURE)
+    list(islice(again, 3))
+    sound, again.noise = again.noise, None
+    with pytest.raises(TypeError):
+        next(again)
+    again.noise = sound
+    twin = again.fork()
+    for one in (twin, again):
+        assert all(map(torch.equal, whole[3:], (chunk.latents for chunk in islice(one, 2))))
+    again.reset()
+    assert all(map(torch.equal, whole, (chunk.latents for chunk in islice(again, 5))))
+    twin.cut()  # the first frames of a scene are latents of a picture already
+    blocks = [next(twin) for _ in range(3)]
+    assert twin.cache.reencoded[0] == blocks[2].attended[0] == 18 and blocks[1].attended[0] == 15
+
+
+def test_reencoding_needs_pixels_and_no_sink():
+    with pytest.raises(UserError, match="reencode = True encodes decoded pixels: leave decode_pixels on"):
+        start(**{**PICTURE, "decode_pixels": False})
+    with pytest.raises(
+        UserError, match="reencode = True would have no effect: set recompute = True and sink = 0"
+    ):
+        start(**{**PICTURE, "sink": 1})
 
 
 def test_krea_executes_its_last_level():

@@ -118,6 +118,13 @@ def test_the_two_context_windows_differ_once_there_is_a_past():
     assert first == 4 * SIZE
 
 
+def test_a_smaller_cache_leaves_less_to_see_where_the_stream_ends():
+    """A full window has room for two older frames, which 6 hold beside sink and block; shorter windows would see more."""
+    usual, same, less = (latents(start(blocks=12, cache_frames=n)) for n in (None, SINK + SPAN, 6))
+    assert torch.equal(usual, same)
+    assert (usual - less).abs().amax((0, 1, 3, 4)).gt(1e-4).nonzero()[0] == 9 * SIZE
+
+
 @pytest.mark.parametrize("method", ["longlive", "longlive_infinite", "reward_forcing", "deep_sink"])
 def test_with_one_level_rolling_is_few_step(method):
     def of(sampler):

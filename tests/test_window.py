@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamvid.errors import UserError
 from streamvid.positions import POSITIONS
-from streamvid.window import BlockPlan, WindowOptions, WindowPlanner
+from streamvid.window import SINK_FILLINGS, BlockPlan, WindowOptions, WindowPlanner
 
 LONGLIVE = WindowOptions(frames_per_block=3, window=12, sink=3)
 ROLLING = WindowOptions(3, 21, 3, "sink_before_window", joint_blocks=5)
@@ -246,20 +246,25 @@ def any_options(draw, kinds=("plain", "joint", "pinned", "budget")) -> WindowOpt
     joint = draw(st.integers(2, 4)) if kind == "joint" else 1
     pinned = kind == "pinned" or (kind == "joint" and draw(st.booleans()))
     window = sink * (1 + pinned) + block * joint + draw(st.integers(0, 7))
-    budget = recent = None
+    budget = recent = cache_frames = None
     names = sorted(POSITIONS)
     if pinned or kind == "budget":
         names.remove("cache_relative")
+    positions = draw(st.sampled_from(names))
     if kind == "budget":
-        recent = draw(st.integers(block, window - sink))
-        budget = draw(st.integers(sink + recent, window))
+        least = 1 if positions == "deep_forcing_release" else block
+        recent = draw(st.integers(least, window - sink))
+        budget = draw(st.integers(sink + max(recent, block), window))
+    if kind == "joint" and not pinned and draw(st.booleans()):
+        cache_frames = draw(st.integers(sink + block, window + sink + 2))
+        window = draw(st.integers(sink + block, window))
     fuse = kind != "budget" and sink > 0 and draw(st.booleans())
     released = draw(st.booleans())
     return WindowOptions(
         block,
         window,
         sink,
-        draw(st.sampled_from(names)),
+        positions,
         draw(st.none() | st.integers(window, window + 5)),
         joint_blocks=joint,
         fuse=fuse,
@@ -270,6 +275,8 @@ def any_options(draw, kinds=("plain", "joint", "pinned", "budget")) -> WindowOpt
         first_sink_shift=draw(st.integers(0, 3)),
         shot_offset=draw(st.integers(0, 9)),
         pin_shots=pinned,
+        sink_filling=draw(st.sampled_from(SINK_FILLINGS)) if kind == "plain" else "clean",
+        cache_frames=cache_frames,
     )
 
 
@@ -314,14 +321,20 @@ class Definition:
         """Sink and other frames of the block's window."""
         sink, others = self.split([*self.live, *own])
         if self.full(own):
-            return sink, others[-self.options.recent_frames :]
+            return sink, others[-max(self.options.recent_frames, self.options.frames_per_block) :]
         if self.options.budget is not None:
             return sink, others
         windows = []
         for latest in range(len(others) + 1):
             kept = others[len(others) - latest :]
             windows.append([f for f in self.pinned if f not in kept] + kept)
-        return sink, [w for w in windows if len(w) <= self.options.window - self.options.sink][-1]
+        room = self.options.window - self.options.sink
+        if (
+            self.options.cache_frames is not None
+        ):  # the span bounds what the block is added to, the cache what there is
+            older = self.options.cache_frames - self.options.sink - self.options.frames_per_block
+            room = len(own) + min(max(0, room - len(own)), older)
+        return sink, [w for w in windows if len(w) <= room][-1]
 
     def full(self, own) -> bool:
         stored = len(self.live) + self.tokens + len(own)
@@ -360,7 +373,7 @@ class Definition:
 
 
 # a number is a block: its length as a share of the longest, or the share of the blocks denoised jointly
-EVENTS = ["cut", "shot", "flush", "reanchor", "replay", "copy", 0.3, 0.6, *[1.0] * 8]
+EVENTS = ["cut", "shot", "flush", "reanchor", "reset", "replay", "copy", 0.3, 0.6, *[1.0] * 8]
 any_history = st.lists(st.sampled_from(EVENTS), min_size=5, max_size=40)
 
 
@@ -381,6 +394,8 @@ def test_every_plan_of_every_history(options, history):
             twin = planner.copy()
             twin.start_shot()
             twin.commit(twin.plan())  # must not be seen by the original, which goes on below
+        elif event == "reset":
+            planner, expected = WindowPlanner(options), Definition(options)
         elif event == "replay":
             check_replays(planner, expected)
         elif isinstance(event, str):
@@ -393,6 +408,8 @@ def test_every_plan_of_every_history(options, history):
         assert len(set(slots)) == len(slots) and set(slots) <= set(range(options.slots))
         if options.joint_blocks == 1:
             assert len(slots) <= options.window and options.slots == (options.capacity or options.window)
+        elif options.cache_frames is not None:
+            assert len(slots) <= options.cache_frames
 
 
 def switch(planner: WindowPlanner, event: str) -> None:
@@ -425,7 +442,8 @@ def check_block(planner: WindowPlanner, expected: Definition, share: float) -> N
     assert list(plan.positions) == expected.positions(own, rolls)
     assert plan.own == plan.window[len(plan.window) - count :] and list(plan.frames) == own
     slots = [slot.slot for slot in plan.window]
-    assert len(set(slots)) == len(slots) <= options.window and set(slots) <= set(range(options.slots))
+    most = options.window if options.cache_frames is None else max(options.window, options.sink + count)
+    assert len(set(slots)) == len(slots) <= most and set(slots) <= set(range(options.slots))
     assert not set(plan.evicted) & set(plan.attended)
     if options.joint_blocks == 1:
         assert set(plan.evicted) == live.keys() - set(plan.attended)
@@ -445,6 +463,7 @@ def check_block(planner: WindowPlanner, expected: Definition, share: float) -> N
     else:
         assert plan.fused == () and not plan.overwrites
     expected.fusions += len(plan.fused)
+    check_filling(options, plan, first_of_scene=own[0] == expected.start)
     tokens = [slot for slot in plan.window if slot.frame < 0]
     assert len(tokens) == expected.tokens_after(own)
     assert all(math.isnan(slot.position) for slot in tokens)
@@ -460,6 +479,17 @@ def check_block(planner: WindowPlanner, expected: Definition, share: float) -> N
     assert finished.window == plan.window[: len(plan.window) - count + len(finished.own)]
     planner.commit(finished)
     expected.commit(list(finished.frames), rolls)
+
+
+def check_filling(options: WindowOptions, plan: BlockPlan, first_of_scene: bool) -> None:
+    """Frames of the sink that are still to come, as the releases attend them."""
+    to_come = max(0, options.sink - len(plan.window)) if options.sink_filling != "clean" else 0
+    assert plan.empty == to_come
+    assert plan.queries_ahead == (to_come if options.sink_filling == "reward_forcing_release" else 0)
+    frozen = [s for s in plan.window[: options.sink] if s in plan.own]
+    if options.sink_filling != "longlive_release" or first_of_scene:
+        frozen = []
+    assert plan.frozen == len(frozen)
 
 
 def check_recompute(planner: WindowPlanner, plan: BlockPlan) -> None:
@@ -535,6 +565,33 @@ def test_a_cut_makes_a_stream_of_its_own(options, before, after, shot):
         ]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 5), st.integers(-4, 12), st.integers(0, 12), st.integers(2, 20))
+def test_rolling_windows_follow_the_buffer_of_the_release(block, levels, wider, larger, blocks):
+    """A span and a cache of any size: the buffer as the release moves it, of frame numbers (algorithms, section 3.2)."""
+    span, capacity = max(2 * block, block * levels + wider), 2 * block + larger
+    options = WindowOptions(
+        block, span, block, "sink_before_window", joint_blocks=levels, cache_frames=capacity
+    )
+    planner, buffer = WindowPlanner(options), list[int]()
+    for first in range(0, blocks * block, block):
+        own = [*range(first, min(first + levels * block, blocks * block))]
+        buffer += own[:block]
+        del buffer[block : block + max(0, len(buffer) - capacity)]
+        working = buffer[block:-block][::-1][: max(0, span - len(own) - block)][::-1]
+        sink = buffer[:block] if first else []
+        plan = planner.plan(len(own))
+        assert list(plan.attended) == sink + working + own
+        before = first - len(working) - block
+        assert list(plan.positions) == [before + rank for rank in range(len(sink))] + working + own
+        context = planner.context_plan(plan, released=True)
+        seen = buffer[-span:]
+        assert list(context.attended) == seen and list(context.frames) == own[:block]
+        rotated = [None if f < block and seen != buffer else f for f in seen]
+        assert [None if math.isnan(p) else p for p in context.positions] == rotated
+        planner.commit(context)
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -555,6 +612,16 @@ def test_a_cut_makes_a_stream_of_its_own(options, before, after, shot):
         ({"budget": 9, "recent": 2}, "recent = 2 must hold the block of 3 latent frames"),
         ({"budget": 5}, "budget = 5 must lie between sink . recent = 6 and window = 12"),
         ({"budget": 13}, "budget = 13 must lie between sink . recent = 6 and window = 12"),
+        ({"budget": 9, "recent": 0, "positions": "deep_forcing_release"}, "recent = 0 must hold the block"),
+        (
+            {"budget": 5, "recent": 1, "positions": "deep_forcing_release"},
+            "budget = 5 must lie between sink . recent = 6",
+        ),
+        ({"cache_frames": 5, "joint_blocks": 2}, "cache_frames = 5 and window = 12 must both hold sink = 3"),
+        (
+            {"cache_frames": 9, "window": 5, "joint_blocks": 2},
+            "cache_frames = 9 and window = 5 must both hold sink = 3 and a block of 3 latent frames: give at least 6",
+        ),
         ({"budget": 9, "joint_blocks": 2}, "budget = 9 keeps single tokens, which excludes joint blocks"),
         ({"budget": 9, "fuse": True}, "budget = 9 keeps single tokens"),
         ({"budget": 9, "pin_shots": True}, "budget = 9 keeps single tokens"),
