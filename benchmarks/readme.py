@@ -1,4 +1,4 @@
-"""Write the numbers of stored results into README.md and docs/diorama.md.
+"""Write the numbers of stored results into README.md, docs/diorama.md and docs/methods.md.
 
 `python -m benchmarks.readme` writes, with `--check` it only compares.
 """
@@ -10,11 +10,14 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.claims import claims_table
+from streamvid.evaluation import method_table
 from streamvid.evaluation.adherence import table
 
 ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "benchmarks/results/end_to_end.json"
 ADHERENCE = ROOT / "docs/diorama_adherence.json"
+METHODS = ROOT / "docs/method_table.json"
 
 
 def speed_lines() -> str:
@@ -76,6 +79,30 @@ def _soon(switch: dict) -> str:
     return f"From 1.5 to 3.5 s after it: {changed:.3f} and {kept:.3f}. "
 
 
+def method_lines() -> str:
+    """All methods on the embedded model, as measured by `streamvid.evaluation.method_table`."""
+    if not METHODS.is_file():
+        return "No table is stored yet: `python -m streamvid.evaluation.method_table --output docs/method_table.json`."
+    result = json.loads(METHODS.read_text())
+    videos = result["prompts"] * len(result["seeds"])
+    return "\n".join(
+        [
+            f"{result['model']}, {result['prompts']} held-out prompts, seeds {result['seeds']}: {videos} videos of 60 s per "
+            "method, the prompt changes at 10 s; means and 95% intervals over videos "
+            "(`python -m streamvid.evaluation.method_table --prompts "
+            f"{result['prompts']} --seeds {' '.join(map(str, result['seeds']))} --output docs/method_table.json`):",
+            "",
+            method_table.table(result),
+            "",
+            "What was published of a method, and what this table says of it (`benchmarks/claims.py`; the interval of a "
+            "difference holds 0 where none is seen). The embedded model is small, was trained on rendered worlds and is "
+            "judged by its probe: where a claim does not hold here, it does not hold at this scale.",
+            "",
+            claims_table(result),
+        ]
+    )
+
+
 def fill(path: Path, name: str, content: str) -> str:
     """The file's text with the block called `name` replaced."""
     pattern = re.compile(rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -86,6 +113,7 @@ def main() -> int:
     targets = [
         (ROOT / "README.md", "numbers", speed_lines()),
         (ROOT / "docs/diorama.md", "quality", quality_lines()),
+        (ROOT / "docs/methods.md", "methods", method_lines()),
     ]
     stale = [path for path, name, content in targets if fill(path, name, content) != path.read_text()]
     if "--check" in sys.argv:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 
 THETA = 10000.0
+# Turns of a temporal band over the trained frames: fewer, and training saw too little of it; a whole one, and it saw all.
+# FLEX splits bands into these two kinds; the bounds are ours.
+UNDER_TRAINED_TURNS, TRAINED_TURNS = 0.5, 1.0
 
 
 class Rotation(NamedTuple):
@@ -60,7 +63,7 @@ def temporal_frequencies(
         frequencies = (THETA * (1 + head_jitter * spread))[:, None] ** -exponent
     if trained_frames is not None and interpolation != 1.0:
         turns = trained_frames * frequencies / (2 * torch.pi)
-        kept = (2 * turns - 1).clamp(0, 1)
+        kept = ((turns - UNDER_TRAINED_TURNS) / (TRAINED_TURNS - UNDER_TRAINED_TURNS)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / interpolation)
     return frequencies
 

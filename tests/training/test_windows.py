@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamvid.errors import UserError
+from streamvid.methods import Method, load_method, method_names
 from streamvid.rope import temporal_frequencies
 from streamvid.training.windows import MaskedAttention, WindowedAttention, attention_mask, plan_blocks
 from streamvid.window import POSITIONS, WindowOptions
@@ -83,6 +84,37 @@ def test_the_routes_agree_for_any_window(positions, size, sink, extra, blocks):
     if positions == "absolute":
         masked = teacher_forcing(MaskedAttention(plans, 2, tiny.GRID, 12), *clip)
         torch.testing.assert_close(masked, cached, atol=1e-5, rtol=0)
+
+
+def has_mask_form(method: Method) -> bool:
+    """Whole frames, seen at their indices, with scores as they are: one mask says all that a block attends."""
+    whole = method.sink_update == "static" and method.budget is None and not method.recompute
+    plain = method.far_scale == method.far_decay == method.past_bias == 1.0
+    return method.sampler == "few_step" and method.positions == "absolute" and whole and plain
+
+
+MASKED = [name for name in method_names() if has_mask_form(load_method(name))]
+
+
+def test_methods_with_a_mask_form():
+    framewise = ["causal_forcing_1step", "causal_forcing_2step", "causal_forcing_framewise"]
+    assert [*framewise, "flex", "lol", "longlive", "longlive2_multishot", "self_forcing"] == MASKED
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MASKED)
+def test_the_routes_agree_for_every_method_with_a_mask_form(name):
+    method = load_method(name)
+    options = method.window_options()
+    size, blocks = options.frames_per_block, options.window // options.frames_per_block + 2
+    plans, clip = plan_blocks(options, blocks), clip_of(blocks, size, batch=1)
+    assert plans[-1].evicted
+    cached = tiny.run_blocks(tiny.context_cache(options, **method.cache_options()), *clip)
+    temporal = temporal_frequencies(
+        12, 2, method.trained_frames, method.rope_interpolation, method.head_jitter
+    )
+    masked = teacher_forcing(MaskedAttention(plans, 2, tiny.GRID, 12, temporal=temporal), *clip)
+    torch.testing.assert_close(masked, cached, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
