@@ -50,7 +50,7 @@ def test_claims_of_methods_that_were_not_measured_are_left_out():
 
 def test_the_table_goes_into_the_documentation(tmp_path, monkeypatch):
     page, stored = tmp_path / "methods.md", tmp_path / "method_table.json"
-    page.write_text("before\n<!-- methods:start -->\nold\n<!-- methods:end -->\nafter\n")
+    page.write_text("before\n<!-- methods:start -->\nstale\n<!-- methods:end -->\nafter\n")
     monkeypatch.setattr(readme, "METHODS", stored)
     assert "No table is stored yet" in readme.fill(page, "methods", readme.method_lines())
     stored.write_text(json.dumps(made(row("longlive", end=0.91), row("self_forcing"))))
@@ -59,4 +59,4 @@ def test_the_table_goes_into_the_documentation(tmp_path, monkeypatch):
         "before\n<!-- methods:start -->\ndiorama, 7 held-out prompts, seeds [0, 1]: 14 videos of 60 s"
     )
     assert "| longlive | 0.500 ± 0.030 | 0.500 ± 0.030 | 0.910 ± 0.030 |" in text and "| 80 | 1.50 |" in text
-    assert "old" not in text and text.endswith("<!-- methods:end -->\nafter\n")
+    assert "stale" not in text and text.endswith("<!-- methods:end -->\nafter\n")
