@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from streamvid.evaluation.registry import resolve
 from streamvid.evaluation.sources import open_source
 from streamvid.evaluation.types import Segment, Video
 from streamvid.io import open_writer
+from streamvid.io.files import replace_atomically
 
 METRICS = [
     "vbench.temporal_flickering",
@@ -45,14 +47,16 @@ def write_video(path: Path, frames: int, height: int, width: int) -> None:
             writer.write(np.stack(chunk))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", type=int, default=957)
-    parser.add_argument("--output", default="docs/evaluation_speed.json")
-    options = parser.parse_args()
+    parser.add_argument("--folder", type=Path, default=Path("out"), help="where the video is put")
+    parser.add_argument("--output", default="benchmarks/results/evaluation_speed.json")
+    options = parser.parse_args(arguments)
     height, width = 480, 832
-    path = Path("out/evaluation_speed.mp4")
-    path.parent.mkdir(exist_ok=True)
+    path = options.folder / "evaluation_speed.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    load = round(os.getloadavg()[0], 2)
     write_video(path, options.frames, height, width)
     half = options.frames // 2
     video = Video(
@@ -72,12 +76,14 @@ def main() -> None:
         "frames_per_cpu_second": round(options.frames / cpu, 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
         "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average_before": load,
         "machine": platform.processor() or platform.machine(),
+        "metrics": len(found),
         "seconds_by_metric": {name: round(seconds, 2) for name, (_, seconds) in found.items()},
         "failed": [name for name, (outcome, _) in found.items() if outcome.status == "failed"],
     }
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    with replace_atomically(Path(options.output)) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

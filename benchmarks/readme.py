@@ -1,4 +1,4 @@
-"""Write the numbers of stored results into README.md, docs/diorama.md and docs/methods.md.
+"""Write the numbers of stored results into README.md and, of docs/, diorama.md, methods.md and evaluation.md.
 
 `python -m benchmarks.readme` writes, with `--check` it only compares.
 """
@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import evaluation_pages
 from benchmarks.claims import claims_table
 from streamvid.evaluation import method_table
 from streamvid.evaluation.adherence import table
@@ -114,6 +115,8 @@ def main() -> int:
         (ROOT / "README.md", "numbers", speed_lines()),
         (ROOT / "docs/diorama.md", "quality", quality_lines()),
         (ROOT / "docs/methods.md", "methods", method_lines()),
+        (ROOT / "docs/evaluation.md", "sensitivity", evaluation_pages.sensitivity_lines()),
+        (ROOT / "docs/evaluation.md", "speed", evaluation_pages.speed_lines()),
     ]
     stale = [path for path, name, content in targets if fill(path, name, content) != path.read_text()]
     if "--check" in sys.argv:

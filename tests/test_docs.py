@@ -112,3 +112,11 @@ def test_python_runs(name, tmp_path, monkeypatch):
         assert len(names["videos"][0]) == len(names["video"]) == 21
         same = [a.tobytes() == b.tobytes() for a, b in zip(names["videos"][0], names["video"], strict=True)]
         assert all(same)  # the modular pipeline and the standard one
+
+
+def test_tests_that_the_guide_to_evaluation_names_exist():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 30
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / "evaluation" / file).read_text(), (file, test)

@@ -78,8 +78,9 @@ def add(commands) -> None:
     action.add_argument("-o", "--output", default="out/imported", help="folder for results (%(default)s)")
     action.set_defaults(run=import_results)
 
-    action = actions.add_parser("leaderboard", help="one page over runs of several methods")
-    action.add_argument("runs", nargs="*", help="folders of runs (or give --methods)")
+    action = actions.add_parser("leaderboard", help="one page over all methods, as Markdown and HTML")
+    action.add_argument("runs", nargs="*", help="folders of runs (or give --methods, or --table)")
+    action.add_argument("--table", metavar="FILE", help="what streamvid.evaluation.method_table wrote")
     action.add_argument("--protocol", default="embedded", help="with --methods: what to run")
     action.add_argument("--methods", help="presets, comma-separated, or 'all': run what is not there yet")
     action.add_argument("--model")

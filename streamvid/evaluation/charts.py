@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
 COLOURS = ("#d1495b", "#2e6f95", "#3d8361", "#c77d0a", "#7b4fa3", "#4f5d75", "#a8763e", "#1b998b")
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 200, 44, 24  # of a chart, in px
+WIDTH, HEIGHT, BOTTOM, TOP = 640, 200, 24, 8  # of a chart, in px
+ARROWS = {"up": " ↑", "down": " ↓", "": ""}  # which way is better
+GLYPH = 6.2  # px that a letter of an axis takes
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8888; }
+:root { color-scheme: light dark; --line: #8884; --soft: #6b7280; --card: #8881; --accent: #2e6f95; }
+@media (prefers-color-scheme: dark) { :root { --soft: #9ca3af; --accent: #6fb1d9; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 video { width: 100%; background: #121216; image-rendering: auto; }
@@ -21,12 +25,42 @@ td.prompt { white-space: normal; text-align: left; } svg { width: 100%; height: 
 Curve = Sequence[float | None]
 
 
-def _frame(inside: Sequence[str], title: str = "") -> str:
-    label = f' aria-label="{escape(title)}"' if title else ""
+def _frame(inside: Sequence[str], width: int = WIDTH) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" font-size="11" fill="currentColor" role="img"{label}>'
+        f'<svg viewBox="0 0 {width} {HEIGHT}" font-size="11" fill="currentColor" role="img">'
         f"{''.join(inside)}</svg>"
     )
+
+
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """Numbers of an axis, all with as many digits as tell them apart."""
+    spread, largest = max(values) - min(values), max(map(abs, values))
+    if largest >= 1e5 or 0 < largest < 0.01:
+        return [f"{value:.1e}" if value else "0" for value in values]
+    digits = min(max(0, 1 - math.floor(math.log10(spread))), 6) if spread else 2
+    return [f"{value:.{digits}f}" for value in values]
+
+
+def _rows(low: float, top: float, left: float, width: int) -> list[str]:
+    """Horizontal lines at both ends and in the middle, with their numbers."""
+    drawn = []
+    values = [low, low + top / 2, low + top]
+    for value, text in zip(values, tick_texts(values), strict=True):
+        y = _height(value, low, top)
+        drawn.append(
+            f'<line x1="{left:.1f}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>'
+            f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    return drawn
+
+
+def _margin(low: float, top: float) -> float:
+    """Left of the lines: as wide as the widest number of the axis."""
+    return 10 + GLYPH * max(map(len, tick_texts([low, low + top / 2, low + top])))
+
+
+def _height(value: float, low: float, top: float) -> float:
+    return TOP + (HEIGHT - BOTTOM - TOP) * (1 - (value - low) / top)
 
 
 def chart(
@@ -36,22 +70,25 @@ def chart(
     bands: Sequence[tuple[Curve, Curve]] = (),
     marks: Sequence[float] = (),
     from_zero: bool = True,
+    width: int = WIDTH,
+    unit: str = " s",
 ) -> str:
     """Lines over time as an SVG; where a curve has None it is interrupted.
 
     Args:
         curves: one line each, a value per `seconds`; bands: lower and upper curve of an area behind the lines;
-        marks: seconds at which a vertical line is drawn; from_zero: the axis starts at 0.
+        marks: seconds at which a vertical line is drawn; from_zero: the axis starts at 0; width: in px; unit: of the x axis.
     """
     length = max(map(len, curves))
     areas = [edge for band in bands for edge in band]
     known = [value for curve in [*curves, *areas] for value in curve if value is not None]
     low = 0.0 if from_zero else min(known, default=0.0)
     top = max(known, default=0.0) - low or 1.0
+    left = _margin(low, top)
 
     def place(index: float, value: float) -> str:
-        x = LEFT + (WIDTH - LEFT) * (index + 0.5) / length
-        return f"{x:.1f},{(HEIGHT - BOTTOM) * (1 - (value - low) / (1.05 * top)):.1f}"
+        x = left + (width - left) * (index + 0.5) / length
+        return f"{x:.1f},{_height(value, low, top):.1f}"
 
     drawn = []
     for (lower, upper), colour in zip(bands, COLOURS, strict=False):
@@ -65,28 +102,22 @@ def chart(
         for run in _runs(curve):
             points = " ".join(place(index, value) for index, value in run)
             if len(run) == 1:
-                left, up = points.split(",")
-                drawn.append(f'<circle cx="{left}" cy="{up}" r="2.5" fill="{colour}"/>')
+                across, up = points.split(",")
+                drawn.append(f'<circle cx="{across}" cy="{up}" r="2.5" fill="{colour}"/>')
             else:
                 drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    axes = []
-    for share in (0.0, 0.5, 1.0):
-        y = (HEIGHT - BOTTOM) * (1 - share / 1.05)
-        axes.append(
-            f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>'
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{low + share * top:.3g}</text>'
-        )
+    axes = _rows(low, top, left, width)
     for share in (0.25, 0.5, 0.75, 1.0):
-        x = LEFT + (WIDTH - LEFT) * share
+        x = left + (width - left) * share
         axes.append(
-            f'<text x="{x:.0f}" y="{HEIGHT - 6}" text-anchor="end">{share * length * seconds:.3g} s</text>'
+            f'<text x="{x:.0f}" y="{HEIGHT - 6}" text-anchor="end">{share * length * seconds:.3g}{unit}</text>'
         )
     for mark in marks:
-        x = LEFT + (WIDTH - LEFT) * mark / (length * seconds)
+        x = left + (width - left) * mark / (length * seconds)
         axes.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{HEIGHT - BOTTOM}" stroke="#8888" stroke-dasharray="3"/>'
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#8888" stroke-dasharray="3"/>'
         )
-    return _frame([*axes, *drawn])
+    return _frame([*axes, *drawn], width)
 
 
 def _runs(curve: Curve) -> list[list[tuple[int, float]]]:
@@ -102,34 +133,28 @@ def _runs(curve: Curve) -> list[list[tuple[int, float]]]:
 
 def xy_chart(xs: Sequence[float], ys: Sequence[float], x_name: str) -> str:
     """One line over numbers that rise."""
-    least, most = min(ys), max(ys)
-    spread, length = most - least or 1.0, xs[-1] - xs[0] or 1.0
-
-    def place(x: float, y: float) -> str:
-        return (
-            f"{LEFT + (WIDTH - LEFT) * (x - xs[0]) / length:.1f},"
-            f"{(HEIGHT - BOTTOM) * (1 - (y - least) / (1.05 * spread)):.1f}"
-        )
-
-    points = " ".join(place(x, y) for x, y in zip(xs, ys, strict=True))
-    texts = [
-        f'<text x="{LEFT - 6}" y="{HEIGHT - BOTTOM}" text-anchor="end">{least:.2f}</text>'
-        f'<text x="{LEFT - 6}" y="14" text-anchor="end">{most:.2f}</text>'
+    least, length = min(ys), xs[-1] - xs[0] or 1.0
+    spread = max(ys) - least or 1.0
+    left = _margin(least, spread)
+    places = [
+        f"{left + (WIDTH - left) * (x - xs[0]) / length:.1f},{_height(y, least, spread):.1f}"
+        for x, y in zip(xs, ys, strict=True)
     ]
+    texts = _rows(least, spread, left, WIDTH)
     for share in (0.0, 0.5, 1.0):
-        x = LEFT + (WIDTH - LEFT) * share
+        x = left + (WIDTH - left) * share
         anchor = "start" if share == 0 else "end"
         value = xs[0] + share * length
         texts.append(
             f'<text x="{x:.0f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{value:.3g} {escape(x_name)}</text>'
         )
-    line = f'<polyline points="{points}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>'
+    line = f'<polyline points="{" ".join(places)}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>'
     return _frame([*texts, line])
 
 
-def dot(value: float, low: float, high: float, least: float, most: float) -> str:
+def dot(value: float, low: float, high: float, least: float, most: float, width: int = 160) -> str:
     """A value with its interval on the scale from `least` to `most`, small enough for a cell of a table."""
-    width, height, spread = 160, 14, (most - least) or 1.0
+    height, spread = 14, (most - least) or 1.0
 
     def x(number: float) -> float:
         return 6 + (width - 12) * (number - least) / spread
@@ -165,16 +190,17 @@ def histogram(values: Sequence[float], bins: int = 12, unit: str = "") -> str:
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, int(bins * value / most))] += 1
-    step = (WIDTH - LEFT) / bins
+    left = 10 + GLYPH * len(str(max(counts)))
+    step = (WIDTH - left) / bins
     bars = [
-        f'<rect x="{LEFT + i * step + 1:.1f}" width="{step - 2:.1f}" fill="{COLOURS[0]}" '
-        f'y="{(HEIGHT - BOTTOM) * (1 - count / max(counts)):.1f}" height="{(HEIGHT - BOTTOM) * count / max(counts):.1f}"/>'
+        f'<rect x="{left + i * step + 1:.1f}" width="{step - 2:.1f}" fill="{COLOURS[0]}" '
+        f'y="{_height(count, 0, max(counts)):.1f}" height="{HEIGHT - BOTTOM - _height(count, 0, max(counts)):.1f}"/>'
         for i, count in enumerate(counts)
         if count
     ]
     texts = [
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">0</text>',
+        f'<text x="{left}" y="{HEIGHT - 6}">0</text>',
         f'<text x="{WIDTH}" y="{HEIGHT - 6}" text-anchor="end">{most:.3g} {escape(unit)}</text>',
-        f'<text x="{LEFT - 6}" y="14" text-anchor="end">{max(counts)}</text>',
+        f'<text x="{left - 6}" y="{TOP + 8}" text-anchor="end">{max(counts)}</text>',
     ]
     return _frame([*texts, *bars])

@@ -171,7 +171,9 @@ def name_problem(name: str, long: bool = False) -> str | None:
 
 
 def check_video(video: Video, frames: int, fps: float) -> str | None:
-    """Where manifest and file do not fit together, or None."""
+    """Why a file is no video, or where manifest and file do not fit together; or None."""
+    if frames < 2:
+        return "it has one frame, and a video has more"
     stop = max((segment.stop for segment in video.segments), default=frames)
     if stop != frames:
         return f"the manifest tells of {stop} frames and the file has {frames}"

@@ -4,11 +4,7 @@ Every video is 60 seconds of one held-out scene, whose prompt changes at 10 s. V
 decoded as a whole: only three windows of two seconds are, each but the first after `WARM_UP` latent frames that fill the
 decoder's memory. Per method:
 
-- `start`, `after`, `end`: share of attributes that the probe finds right in the first two seconds, 2 to 4 s after the
-  change, and at 60 s; `changed`, `kept`: of `after`, the attributes that the change named (switch success) and the others;
-- `drift`: distance of the look at 60 s from that after the change, in grey levels; `motion`: of 60 s over that after it;
-- `repetition`: how much of the last 15 s was seen before: mean over latent frames of the largest cosine similarity with any
-  frame 6 s or more before it, back to the change (of what differs from the mean; rendered worlds repeat too);
+- the numbers of `COLUMNS`;
 - `fps`: frames per second of one stream without decoding, after a warm-up of five blocks; `kv_bytes`: of its cache.
 
 Every batch of every method is a file of its own, so that a run that is stopped goes on where it was. With `--processes N`
@@ -48,6 +44,26 @@ AFTER = 2 * WINDOW  # latent frames from the change to the end of the window aft
 WARM_UP = 6  # latent frames decoded and dropped before a window: what is missing then is below one grey level
 LAG, LOOKED_AT = 24, 60  # latent frames: the least distance of a repetition, the frames that are looked at
 SPEED_BLOCKS, SPEED_WARM_UP = 15, 5
+# number -> which way is better, its unit, what it is
+COLUMNS: dict[str, tuple[str, str, str]] = {
+    "start": ("up", "share", "attributes that the probe finds right in the first two seconds"),
+    "after": ("up", "share", "attributes found right 2 to 4 s after the change of prompt"),
+    "end": ("up", "share", "attributes found right at 60 s"),
+    "changed": (
+        "up",
+        "share",
+        "of `after`, the attributes that the change named: whether the switch is taken",
+    ),
+    "kept": ("up", "share", "of `after`, the attributes that the change did not name"),
+    "drift": ("down", "grey levels", "distance of the look at 60 s from that after the change"),
+    "motion": ("", "ratio", "motion at 60 s over motion after the change: 1 keeps it"),
+    "repetition": (
+        "down",
+        "cosine",
+        "how much of the last 15 s was seen before: mean over latent frames of the largest similarity with any frame 6 s or "
+        "more before it, back to the change (of what differs from the mean; rendered worlds repeat too)",
+    ),
+}
 
 Job = tuple[dict[str, Any], int]  # a case and a seed
 
@@ -187,13 +203,17 @@ def speed(pipe: StreamVidPipeline, method: str) -> dict[str, Any]:
     return {"fps": round(frames / (time.perf_counter() - began), 1), "kv_bytes": stream.cache.bytes}
 
 
-def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Mean and half-width of the 95% interval of every number, over videos."""
-    found = {}
+def summary(rows: Sequence[dict[str, float]], prompts: int | None = None) -> dict[str, Any]:
+    """Mean and half-width of the 95% interval of every number, over prompts; and the means of the prompts.
+
+    Rows are videos, `prompts` of them for every seed (default: each is one of its own), in the order of the prompts.
+    """
+    found: dict[str, Any] = {"by_prompt": {}}
     for name in rows[0]:
-        values = np.array([row[name] for row in rows])
+        values = np.array([row[name] for row in rows]).reshape(-1, prompts or len(rows)).mean(0)
         half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
         found[name] = {"mean": round(float(values.mean()), 4), "interval": round(float(half), 4)}
+        found["by_prompt"][name] = [round(float(value), 4) for value in values]
     return found
 
 
@@ -281,11 +301,8 @@ def measure(plan: Plan, processes: int = 1) -> dict[str, Any]:
     for method in plan.methods:
         rows = [row for batch in batches for row in batch[method]]
         alone = plan.stored(method, "speed", partial(speed, here.pipe, method))
-        results.append({"method": method, **alone, **summary(rows)})
+        results.append({"method": method, **alone, **summary(rows, plan.prompts)})
     return {**plan.settings, "methods": results}
-
-
-COLUMNS = ("start", "after", "end", "changed", "kept", "drift", "motion", "repetition")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -104,6 +104,8 @@ class Producer:
         if known is not None and Path(video.path).is_file():
             return replace(known, path=video.path)
         Path(video.path).parent.mkdir(parents=True, exist_ok=True)
+        for torso in Path(video.path).parent.glob(f".{Path(video.path).stem}.*partial*"):  # of a killed run
+            torso.unlink(missing_ok=True)
         made = self._make(self.jobs[video.id])
         with replace_atomically(beside) as temporary:
             Path(temporary).write_text(json.dumps(made.to_dict(), ensure_ascii=False))

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from streamvid.evaluation.charts import STYLE, chart, dot, histogram, matrix, xy_chart
+from streamvid.evaluation.charts import ARROWS, STYLE, chart, dot, histogram, matrix, xy_chart
 from streamvid.evaluation.manifest import MANIFEST, read_manifest
 from streamvid.evaluation.results import read_results, write_text
+from streamvid.evaluation.thumbnails import frame_count, pictures_of
 from streamvid.evaluation.types import FIDELITIES, Video
 
 GALLERY, GALLERY_METRICS = 10, 4  # worst videos, and of how many metrics
-THUMBNAIL = 112  # px wide
+STRIPS, STRIP_FRAMES = 3, 8  # videos at the head of the page, and pictures of each
+CURVE_WIDTH = 460  # px of a curve's chart: two beside each other
+HEADLINES = ("timing.real_time_factor", "timing.first_chunk")  # on cards, after the primary metrics
 PAGE_STYLE = (
     STYLE
     + """
 td.wide { white-space: normal; text-align: left; } details { margin: .5rem 0; } .bad { color: #d1495b; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
+.cards div { background: var(--card); border-radius: 8px; padding: .7rem .9rem; }
+.cards b { display: block; font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.cards b small { font-size: .9rem; font-weight: 400; }
+.cards small, .strip small { color: var(--soft); overflow-wrap: anywhere; }
+.strip { margin: 1rem 0; } .strip .frames { display: flex; gap: 2px; } .strip img { width: 12.5%; border-radius: 3px; }
+.strip .shots { display: flex; gap: 2px; } .strip .shots small {
+  border-top: 3px solid var(--accent); padding: .2rem .6rem 0 0; font-size: .75rem; line-height: 1.3; }
+.strip .shots small:nth-child(even) { border-color: #d1495b; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem 1.5rem; }
+.charts figure { margin: 0; } .charts figcaption { font-weight: 600; }
+.charts figcaption small { font-weight: 400; display: block; color: var(--soft); }
 .worst { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: .8rem; }
-.worst figure { margin: 0; } .worst img { width: 32%; image-rendering: pixelated; } figcaption { font-size: .85em; }
+.worst figure { margin: 0; } .worst img { width: 32%; image-rendering: pixelated; } .worst figcaption { font-size: .85em; }
 .matrix td { text-align: center; padding: .3rem .6rem; }
 """
 )
@@ -68,10 +81,12 @@ def write_report(folder: Path) -> Path:
     parts = [
         f"<h1>{escape(title)}</h1>",
         _header(results, about),
+        _cards(results),
+        _strips(list(videos.values())[:STRIPS]),
         _problems(results["problems"]),
         _totals(results["scores"]),
         _scores(results["metrics"]),
-        _drift(series, videos),
+        _drift(series, videos, results["metrics"]),
         _segments(series),
         _lags(series),
         _latencies(series),
@@ -108,6 +123,46 @@ def _header(results: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     )
 
 
+def _cards(results: Mapping[str, Any]) -> str:
+    """The numbers that a reader looks for first."""
+    entries = {**results["metrics"], **results["timing"]}
+    cards = ""
+    for name in (*results.get("primary", ()), *HEADLINES):
+        entry = entries.get(name)
+        if not entry or entry["value"] is None:
+            continue
+        bounds = entry["interval"]
+        unit = f" <small>{escape(entry['unit'])}</small>" if entry["unit"] else ""
+        varies = bounds and bounds[1] > bounds[0]
+        between = f"{shown(bounds[0], bounds)} … {shown(bounds[1], bounds)}" if varies else "in all videos"
+        cards += (
+            f"<div><small>{escape(name.split('.')[1].replace('_', ' '))}{ARROWS[entry['better']]}</small>"
+            f"<b>{shown(entry['value'], bounds)}{unit}</b><small>{between}</small></div>"
+        )
+    return f'<div class="cards" id="cards">{cards}</div>' if cards else ""
+
+
+def _strips(videos: Sequence[Video]) -> str:
+    """A few videos from left to right, each above the prompts that it was made under."""
+    text = ""
+    for video in videos:
+        path = Path(video.path)
+        frames = frame_count(path)
+        pictures = pictures_of(
+            path, [round(i * (frames - 1) / (STRIP_FRAMES - 1)) for i in range(STRIP_FRAMES)]
+        )
+        if not pictures:
+            continue
+        segments = [(part.stop - part.start, part.prompt) for part in video.segments] or [(1, video.prompt)]
+        shots = "".join(
+            f'<small style="flex: {length} 0 0">{escape(prompt)}</small>' for length, prompt in segments
+        )
+        text += (
+            f'<div class="strip"><div class="frames">{pictures}</div><div class="shots">{shots}</div></div>'
+        )
+    return f'<div id="strips">{text}</div>' if text else ""
+
+
 def _problems(problems: Sequence[str]) -> str:
     if not problems:
         return ""
@@ -118,6 +173,13 @@ def _problems(problems: Sequence[str]) -> str:
 def _totals(scores: Mapping[str, Any]) -> str:
     text = ""
     for family, told in scores.items():
+        title = "VBench" if family == "vbench" else "VBench-Long"
+        if all(told[key]["value"] is None for key in ("quality", "semantic")):
+            text += (
+                f'<p class="soft">{title} has no totals here: {len(told["missing"])} of its dimensions have no value '
+                "(<code>streamvid eval doctor</code> says what they need).</p>"
+            )
+            continue
         cells = "".join(
             f"<td>{shown(told[key]['value'], told[key]['interval'])}</td>"
             for key in ("quality", "semantic", "total")
@@ -131,7 +193,7 @@ def _totals(scores: Mapping[str, Any]) -> str:
             f"missing, so that there is no total: {', '.join(told['missing'])}" if told["missing"] else ""
         )
         text += (
-            f"<h2>{'VBench' if family == 'vbench' else 'VBench-Long'}</h2><table><tr><th></th><th>quality</th>"
+            f"<h2>{title}</h2><table><tr><th></th><th>quality</th>"
             f"<th>semantic</th><th>total</th></tr><tr><td>all</td>{cells}</tr></table>"
             f'<p class="soft">{escape(missing)}</p><details><summary>Dimensions</summary><table><tr><th>dimension</th>'
             f"<th>raw</th><th>normalised</th><th></th></tr>{rows}</table></details>"
@@ -142,11 +204,10 @@ def _totals(scores: Mapping[str, Any]) -> str:
 def _scores(metrics: Mapping[str, Any]) -> str:
     rows = []
     for name, entry in metrics.items():
-        arrow = {"up": "↑", "down": "↓", "": ""}[entry["better"]]
-        label = f"<td>{escape(name)} {arrow}</td>"
+        label = f"<td>{escape(name)}{ARROWS[entry['better']]}</td>"
         if entry["value"] is None:
             reasons = "; ".join(f"{reason} ({count})" for reason, count in entry["without_value"].items())
-            rows.append(f'<tr>{label}<td>-</td><td class="wide" colspan="4">{escape(reasons)}</td></tr>')
+            rows.append(f'<tr>{label}<td>-</td><td class="wide" colspan="5">{escape(reasons)}</td></tr>')
             continue
         bounds = entry["interval"] or [entry["value"]] * 2
         values = [v["score"] for v in entry["per_video"].values() if v["score"] is not None]
@@ -185,7 +246,7 @@ def _quantiles(curves: Sequence[Sequence[float | None]]) -> tuple[list, list, li
     return list(low), list(middle), list(high)
 
 
-def _drift(series: Mapping[str, Any], videos: Mapping[str, Video]) -> str:
+def _drift(series: Mapping[str, Any], videos: Mapping[str, Video], metrics: Mapping[str, Any]) -> str:
     text = ""
     starts = [
         tuple(round(part.start / (video.fps or 16), 2) for part in video.segments[1:])
@@ -197,21 +258,32 @@ def _drift(series: Mapping[str, Any], videos: Mapping[str, Video]) -> str:
         if not curves or not metric.startswith(("drift.", "long.motion", "long.warp_flicker")):
             continue
         low, middle, high = _quantiles(curves)
-        picture = chart([middle], 1.0, bands=[(low, high)], marks=marks, from_zero=False)
-        text += f"<h3>{escape(metric)}</h3>{picture}"
+        picture = chart([middle], 1.0, bands=[(low, high)], marks=marks, from_zero=False, width=CURVE_WIDTH)
+        text += _figure(metric, metrics.get(metric, {}).get("unit", ""), picture)
     probe = series.get("interactive.probe_adherence", {})
-    curves = [[value for _, value in entry["curve"]] for entry in probe.values() if entry.get("curve")]
+    curves = [_by_window(entry["curve"]) for entry in probe.values() if len(entry.get("curve", ())) > 1]
     if curves:
         low, middle, high = _quantiles(curves)
-        text += (
-            f"<h3>interactive.probe_adherence, window by window</h3>{chart([middle], bands=[(low, high)])}"
-        )
+        picture = chart([middle], bands=[(low, high)], marks=marks, width=CURVE_WIDTH)
+        text = _figure("interactive.probe_adherence", "share, every two seconds", picture) + text
     if not text:
         return ""
     return (
         "<h2>Curves over time</h2><p class='soft'>Median over videos and the middle half; dashed: prompt switches.</p>"
-        + f'<div id="curves">{text}</div>'
+        + f'<div id="curves" class="charts">{text}</div>'
     )
+
+
+def _by_window(curve: Sequence[Sequence[float]], seconds: float = 2.0) -> list[float | None]:
+    """Values at the seconds at which their windows end, one per window; None where a prompt was changing."""
+    found: list[float | None] = [None] * (int((curve[-1][0] - 1e-6) // seconds) + 1)
+    for second, value in curve:
+        found[int((second - 1e-6) // seconds)] = value
+    return found
+
+
+def _figure(name: str, unit: str, picture: str) -> str:
+    return f"<figure><figcaption>{escape(name)}<small>{escape(unit)}&nbsp;</small></figcaption>{picture}</figure>"
 
 
 def _segments(series: Mapping[str, Any]) -> str:
@@ -274,7 +346,7 @@ def _timing(timing: Mapping[str, Any], videos: Mapping[str, Video]) -> str:
     picture = ""
     if curves:
         low, middle, high = _quantiles(curves)
-        picture = f"<h3>Seconds per chunk, by chunk</h3>{chart([middle], 1.0, bands=[(low, high)]).replace(' s<', '<')}"
+        picture = f"<h3>Seconds per chunk, by chunk</h3>{chart([middle], 1.0, bands=[(low, high)], unit='')}"
     return f'<h2>Speed</h2><table id="timing"><tr><th>metric</th><th>mean</th><th></th></tr>{rows}</table>{picture}'
 
 
@@ -291,7 +363,9 @@ def _gallery(results: Mapping[str, Any], videos: Mapping[str, Video]) -> str:
             if video not in videos:
                 continue
             if video not in pictures:
-                pictures[video] = _thumbnails(Path(videos[video].path))
+                path = Path(videos[video].path)
+                last = frame_count(path) - 1
+                pictures[video] = pictures_of(path, [0, (last + 1) // 2, last])
             prompt = videos[video].prompt_at(0)
             figures += (
                 f"<figure>{pictures[video]}<figcaption>{escape(video)}: {score:.4g}<br>"
@@ -309,32 +383,10 @@ def _worst(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
     return sorted(told, key=lambda pair: pair[1], reverse=entry["better"] == "down")[:GALLERY]
 
 
-def _thumbnails(path: Path) -> str:
-    """First, middle and last frame as images inside the page."""
-    if path.is_dir() or not path.is_file():
-        return ""
-    capture = cv2.VideoCapture(str(path))
-    total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    images = ""
-    for index in (0, max(0, total // 2), max(0, total - 2)):
-        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
-        found, frame = capture.read()
-        if not found:
-            continue
-        height = max(1, round(frame.shape[0] * THUMBNAIL / frame.shape[1]))
-        small = cv2.resize(frame, (THUMBNAIL, height), interpolation=cv2.INTER_AREA)
-        data = base64.b64encode(
-            cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
-        ).decode()
-        images += f'<img alt="frame {index}" src="data:image/jpeg;base64,{data}">'
-    capture.release()
-    return images
-
-
 def _definitions(metrics: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{name}</td><td class='wide'>{escape(entry['definition'])}"
         f"{' (' + escape(str(entry['options'])) + ')' if entry['options'] else ''}</td></tr>"
         for name, entry in metrics.items()
     )
-    return f"<h2>Definitions</h2><table>{rows}</table>"
+    return f"<h2>Definitions</h2><details><summary>{len(metrics)} metrics</summary><table>{rows}</table></details>"

@@ -200,9 +200,9 @@ def measure_file(
     metrics = all_metrics()
     try:
         source = open_source(video.path, video.fps if Path(video.path).is_dir() else None)
-        mismatch = check_video(video, source.measure.frames, source.measure.fps)
-        if mismatch:
-            raise BadVideo(mismatch)
+        problem = check_video(video, source.measure.frames, source.measure.fps)
+        if problem:
+            raise BadVideo(problem)
     except (BadVideo, OSError) as error:
         reason = str(error)
         failed = {

@@ -6,6 +6,8 @@ A source tells its measure first and then gives frames one by one, so that memor
 from __future__ import annotations
 
 import hashlib
+import re
+import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from streamvid.evaluation.types import Batch, Features, Frame
+from streamvid.io.ffmpeg import ffmpeg_binary
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
@@ -109,6 +112,9 @@ class FileSource:
             raise BadVideo("its frames cannot be counted") from None
 
     def frames(self) -> Iterator[np.ndarray]:
+        sizes = _sizes(self.path)
+        if len(sizes) > 1:  # OpenCV would scale all of them to the first without a word
+            raise BadVideo(f"its pictures change from {sizes[0]} to {sizes[1]} px")
         capture = cv2.VideoCapture(str(self.path))
         try:
             while True:
@@ -125,6 +131,14 @@ class FileSource:
             while block := file.read(1 << 20):
                 total.update(block)
         return total.hexdigest()
+
+
+def _sizes(path: Path) -> list[str]:
+    """Sizes of the pictures of a file, in the order in which they come; a new one begins with a picture coded by itself."""
+    command = [ffmpeg_binary(), "-hide_banner", "-nostdin", "-skip_frame", "nokey", "-i", str(path)]
+    command += ["-map", "0:v:0", "-vf", "showinfo", "-f", "null", "-"]
+    told = subprocess.run(command, capture_output=True, text=True, errors="replace").stderr
+    return list(dict.fromkeys(re.findall(r"showinfo.* s:(\d+x\d+) ", told)))
 
 
 def _why_unreadable(path: Path) -> str:

@@ -8,10 +8,20 @@ import torch
 from reference import clip
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
+    BertTokenizerFast,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
     CLIPConfig,
     CLIPModel,
+    CLIPTokenizerFast,
     Dinov2Config,
     Dinov2Model,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessor,
+    Owlv2Processor,
     PreTrainedTokenizerFast,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
@@ -86,7 +96,38 @@ def folder(tmp_path_factory):
     tokenizer(root / "video_text")
     (root / "amt").mkdir()
     torch.jit.script(_Blend()).save(str(root / "amt" / "amt-s.ts"))
+    save_detector(root / "detector")
+    save_captioner(root / "captioner")
     return root
+
+
+def save_detector(folder):
+    """OWLv2 with CLIP's kind of tokenizer: pairs of bytes, here letters only."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    start, end = len(words) - 2, len(words) - 1  # a text that starts with token 0 would be taken for padding
+    numbers = {word: i for i, word in enumerate(words)}
+    tokens = CLIPTokenizerFast(vocab=numbers, merges=[], pad_token="<|endoftext|>", model_max_length=16)
+    text = {**VISION, "vocab_size": len(words), "max_position_embeddings": 16}
+    text |= {"eos_token_id": end, "bos_token_id": start, "pad_token_id": end}
+    vision = {**VISION, "image_size": 32, "patch_size": 16}
+    config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=32)
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    Owlv2Processor(Owlv2ImageProcessor(size=size), tokens).save_pretrained(folder)
+
+
+def save_captioner(folder):
+    """BLIP with BERT's kind of tokenizer."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *WORDS]
+    tokens = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}, bos_token="[DEC]")
+    text = {**VISION, "vocab_size": len(words), "max_position_embeddings": 32, "encoder_hidden_size": 32}
+    text |= {"bos_token_id": 5, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {**VISION, "image_size": 32, "patch_size": 16}
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=24, image_text_hidden_size=24)
+    BlipForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    BlipProcessor(BlipImageProcessor(size=size), tokens).save_pretrained(folder)
 
 
 class _Blend(torch.nn.Module):
@@ -155,6 +196,59 @@ def test_semantic_dimensions_run_through_real_formats(folder):
     assert long.details["prompt_cut"] is True
 
 
+def test_boxes_are_where_the_detector_sees_things(folder):
+    """Every box above the threshold, under the name that it answers, in pixels of the frame."""
+    frames, names = clip("c_pan")[:2], ["cat", "red ball"]
+    detect = Backbones(folder).get("detector")
+    found = detect(frames, names, threshold=0.0)
+    assert [set(boxes) for boxes in found] == [set(names)] * 2
+    assert [sum(map(len, boxes.values())) for boxes in found] == [4, 4]  # a box for each of 2 x 2 patches
+    assert detect(frames, names, threshold=1.0) == [{"cat": [], "red ball": []}] * 2
+    model = Owlv2ForObjectDetection.from_pretrained(folder / "detector").eval()
+    processor = Owlv2Processor.from_pretrained(folder / "detector")
+    texts = [
+        ["a photo of a cat", "a photo of a red ball"]
+    ]  # the second is cut to what the text encoder reads
+    inputs = processor(text=texts, images=frames[0], truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        told = model(**inputs)
+    best = told.logits[0].argmax(-1)
+    centres = [tuple(box[:2].tolist()) for box in 96 * told.pred_boxes[0]]  # frames are padded to 96 x 96
+    seen = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for boxes in found[0].values() for b in boxes]
+    assert np.allclose(np.sort(seen, axis=0), np.sort(centres, axis=0), atol=1e-3)
+    assert len(found[0]["red ball"]) == int((best == 1).sum())
+
+
+@pytest.mark.parametrize(
+    ("metric", "prompt", "label"),
+    [
+        ("object_class", "a cat", {"object": "cat"}),
+        ("multiple_objects", "a bird and a cat", {"object": "bird and cat"}),
+        ("color", "a red ball", {"color": "red"}),
+        (
+            "spatial_relationship",
+            "a cat on the left of a dog",
+            {"object_a": "cat", "object_b": "dog", "relationship": "on the left of"},
+        ),
+        ("scene", "alley", {"scene": {"scene": "alley"}}),
+    ],
+)
+def test_detector_and_captioner_answer_their_dimensions(metric, prompt, label, folder):
+    found = outcome(f"vbench.{metric}", folder, prompt=prompt, labels={metric: label})
+    assert found.status == "ok" and 0 <= found.score <= 1, found
+
+
+def test_captions_are_what_the_model_writes(folder):
+    caption = Backbones(folder).get("captioner")
+    texts = caption(clip("c_pan")[:2])
+    assert len(texts) == 2 and all(set(text.split()) <= set(WORDS) | {"[UNK]"} for text in texts)
+    model = BlipForConditionalGeneration.from_pretrained(folder / "captioner").eval()
+    processor = BlipProcessor.from_pretrained(folder / "captioner")
+    inputs = processor(images=clip("c_pan")[0], return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=24, num_beams=1, do_sample=False)
+    assert texts[0] == processor.batch_decode(tokens, skip_special_tokens=True)[0]
+
+
 def test_segments_against_prompts_by_clip(folder):
     parts = (Segment(0, 16, "a red ball"), Segment(16, 33, "a red ball rolls in the style of the person"))
     found = outcome("interactive.clip_segment", folder, segments=parts)
@@ -217,3 +311,64 @@ def test_sampled_frames_reach_the_network(folder):
     found = measure(video, ArraySource(clip("d_drift"), 16.0), resolve(["vbench.human_action"]), Spy())
     assert found["vbench.human_action"][0].score == 1.0
     assert np.array_equal(seen[0], clip("d_drift")[middle_frames(16, 40)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["dino", "clip_b", "dinov2"])
+def test_a_gpu_sees_the_same(name, folder):
+    frames = clip("c_pan")[:3]
+    here, there = (Backbones(folder, device).get(name)(frames) for device in ("cpu", "cuda"))
+    assert np.allclose(here, there, atol=1e-3)
+
+
+def test_flow_of_torchvision(tmp_path):
+    """RAFT as torchvision saves it: flow of the size of the frames, also where they are no multiple of eight."""
+    optical_flow = pytest.importorskip("torchvision.models.optical_flow", reason="needs torchvision")
+    torch.manual_seed(0)
+    (tmp_path / "raft").mkdir()
+    torch.save(optical_flow.raft_large(weights=None).state_dict(), tmp_path / "raft" / "raft_large.pth")
+    flow = Backbones(tmp_path).get("raft")
+    first, second = clip("c_pan")[:2, :60, :90]
+    assert flow(first, second).shape == (60, 90, 2) and np.isfinite(flow(first, second)).all()
+    assert outcome("vbench.dynamic_degree", tmp_path).score in (0.0, 1.0)
+
+
+def package(folder, name, text):
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text)
+
+
+def test_packages_that_users_bring_are_called_as_they_document(tmp_path, monkeypatch):
+    """pyiqa and dreamsim cannot be part of the tests (licence, weights of real size): stand-ins of their interfaces."""
+    made = "import torch\ndef create_metric(name, device, pretrained_model_path):\n    assert name == 'musiq-spaq'\n"
+    made += "    level = torch.load(pretrained_model_path)['level']\n    return lambda image: level * image.mean()\n"
+    package(tmp_path, "pyiqa", made)
+    made = (
+        "def dreamsim(pretrained, cache_dir, device):\n    class Model:\n        def embed(self, images):\n"
+    )
+    made += "            assert images.shape[-2:] == (224, 224) and 0 <= images.min() <= images.max() <= 1\n"
+    made += "            return images.flatten(2).mean(-1)\n    return Model(), None\n"
+    package(tmp_path, "dreamsim", made)
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = tmp_path / "weights"
+    assert "musiq_spaq_ckpt" in (Backbones(weights).problem(["musiq"]) or "")
+    (weights / "musiq").mkdir(parents=True)
+    torch.save({"level": torch.tensor(50.0)}, weights / "musiq" / "musiq_spaq_ckpt-358bb6af.pth")
+    (weights / "dreamsim" / "ensemble_lora").mkdir(parents=True)
+    found = outcome("vbench.imaging_quality", weights, "a_static")
+    assert found.score == pytest.approx(0.5 * clip("a_static")[0].mean() / 255, abs=1e-4)
+    assert Backbones(weights).get("dreamsim")(clip("c_pan")[:2]).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["musiq", "dreamsim", "raft"])
+def test_a_library_that_is_not_there_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("streamvid.evaluation.backbones.importlib.util.find_spec", lambda library: None)
+    there, text = {n: (there, text) for n, there, text in doctor(Backbones(tmp_path))}[name]
+    assert not there and f"pip install {BACKBONES[name].library}" in text
+    metric = {
+        "musiq": "vbench.imaging_quality",
+        "dreamsim": "long.background_clip_to_clip",
+        "raft": "vbench.dynamic_degree",
+    }
+    found = outcome(metric[name], tmp_path)
+    assert found.status == "skipped" and found.score is None and "pip install" in found.reason

@@ -1,8 +1,12 @@
 """The report in a real browser, offline; comparison, leaderboard, and what goes to and comes from the official tool."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +17,10 @@ from streamvid.cli import main
 from streamvid.errors import UserError
 from streamvid.evaluation.comparison import compare_pair, verdict
 from streamvid.evaluation.evaluate import evaluate
-from streamvid.evaluation.leaderboard import page as leaderboard
+from streamvid.evaluation.manifest import name_problem
+from streamvid.evaluation.protocol import jobs, load_protocol
 from streamvid.evaluation.registry import resolve
+from streamvid.evaluation.sampling import prompt_of_name
 from streamvid.evaluation.types import Segment, Video
 
 METRICS = ["vbench.temporal_flickering", "drift.luma", "drift.sharpness", "long.*", "!long.*clip_to_clip"]
@@ -68,17 +74,19 @@ def runs(tmp_path_factory):
     return root
 
 
+def chromium():
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert found, "no Chromium: apt-get install chromium"
+    return found
+
+
 def test_the_report_opens_in_a_browser_without_a_network(runs, tmp_path):
     from playwright.sync_api import sync_playwright
 
-    browser_path = (
-        shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    )
-    assert browser_path, "no Chromium: apt-get install chromium"
     report = runs / "one" / "report.html"
     assert "http" not in report.read_text()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         context = browser.new_context(
             offline=True, java_script_enabled=True, viewport={"width": 1000, "height": 800}
         )
@@ -94,6 +102,11 @@ def test_the_report_opens_in_a_browser_without_a_network(runs, tmp_path):
         for part in ("curves", "lags", "latency"):
             box = page.locator(f"#{part} svg").first.bounding_box()
             assert box["width"] > 300 and box["height"] > 50
+        # every number of an axis is inside its picture
+        cut = """all => all.filter(t => { const a = t.getBoundingClientRect(), b = t.closest('svg').getBoundingClientRect();
+            return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1; }).map(t => t.textContent)"""
+        assert page.eval_on_selector_all("svg text", cut) == []
+        assert page.locator("#strips img").count() == 24 and page.locator("#cards div").count() >= 2
         assert page.locator("#curves polyline").count() >= 2 and page.locator("#curves polygon").count() >= 2
         widths = page.eval_on_selector_all("#gallery img", "all => all.map(i => i.naturalWidth)")
         assert len(widths) >= 30 and all(width == 112 for width in widths)
@@ -127,18 +140,6 @@ def test_compare_sees_what_was_made_worse(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "comparison.json").read_text())[0]["second"] == "two"
     assert "http" not in (tmp_path / "comparison.html").read_text()
     assert main(["eval", "compare", str(runs / "one"), str(tmp_path / "none")]) == 2
-
-
-def test_the_leaderboard_marks_the_best(runs):
-    text = leaderboard([runs / "one", runs / "two"])
-    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {row.split("|")[1].strip() for row in rows} == {"one", "two"} and "sharpness ↓" in header
-    assert text.count("**") >= 2
-    shutil.copytree(runs / "two", runs / "three")
-    results = json.loads((runs / "three" / "results.json").read_text())
-    (runs / "three" / "results.json").write_text(json.dumps({**results, "protocol": "other"}))
-    with pytest.raises(UserError, match="differ in protocol"):
-        leaderboard([runs / "one", runs / "three"])
 
 
 @pytest.fixture
@@ -205,3 +206,33 @@ def test_official_results_give_official_totals(tmp_path):
     (tmp_path / "bad_eval_results.json").write_text('{"colour": [1, []]}')
     with pytest.raises(UserError, match="no dimension"):
         import_official([tmp_path], tmp_path / "run")
+
+
+def test_names_of_the_suite_come_back():
+    """Every prompt of VBench is a file name that its own parser reads back as the prompt."""
+    prompts = {job.video.prompt for job in jobs(load_protocol("vbench_5s"), Path("."))}
+    assert len(prompts) == 944
+    for prompt in prompts:
+        assert name_problem(prompt) is None and name_problem(prompt, long=True) is None
+        assert {prompt_of_name(f"{prompt}-{i}.mp4") for i in (0, 4, 24)} == {prompt}
+
+
+@pytest.mark.skipif("VBENCH_CHECKOUT" not in os.environ, reason="needs a checkout of VBench: VBENCH_CHECKOUT")
+def test_the_official_script_reads_the_zip(tmp_path):
+    """scripts/cal_final_score.py needs nothing but Python; what it prints is what we say."""
+    case = SCORING["cal_final_score"]["memflow_issue7_like"]
+    for name, value in case["input"].items():
+        (tmp_path / f"{name}_eval_results.json").write_text(json.dumps({name: [value, []]}))
+    main(["eval", "import", str(tmp_path), "-o", str(tmp_path / "run")])
+    main(["eval", "export", str(tmp_path / "run"), "--format", "leaderboard", "-o", str(tmp_path / "z")])
+    script = Path(os.environ["VBENCH_CHECKOUT"]) / "scripts" / "cal_final_score.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--zip_file",
+        str(tmp_path / "z/leaderboard.zip"),
+        "--model_name",
+        "m",
+    ]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert f"{case['output']['total score']:.6f}"[:8] in shown

@@ -10,8 +10,9 @@ from reference import NAMES, SCORING, clip, stand_ins
 from streamvid.evaluation.engine import measure
 from streamvid.evaluation.metrics.vbench_long import clip_seconds, fused, mapped, split
 from streamvid.evaluation.registry import resolve
+from streamvid.evaluation.results import aggregate
 from streamvid.evaluation.sources import ArraySource
-from streamvid.evaluation.types import Video
+from streamvid.evaluation.types import Video, ok
 
 SUITE = Path(__file__).parents[2] / "configs" / "evaluation" / "suites" / "vbench.jsonl"
 
@@ -113,3 +114,16 @@ def test_one_clip_has_no_clip_to_clip():
     found = measure(Video(id="v", path="v"), ArraySource(clip("c_pan")[:20], 16.0), requests, backbones)
     assert found["vbench_long.subject_consistency"][0].details["clip_to_clip"] is None
     assert found["long.subject_clip_to_clip"][0].status == "skipped"
+
+
+def test_clips_count_equally():
+    """Officially values are grouped by clip: a video of two clips weighs twice as much as one of one."""
+    recorded = SCORING["reorganize_clips_results"]
+    videos = {}
+    for row in recorded["input"]:
+        videos.setdefault(Path(row["video_path"]).parent.name, []).append(row["video_results"])
+    outcomes = [ok(np.mean(values), weight=len(values)) for values in videos.values()]
+    assert sorted(map(len, videos.values())) == [1, 1, 1, 2]
+    found = aggregate("vbench_long.temporal_flickering", outcomes).value
+    assert found == pytest.approx(recorded["all_results"], abs=1e-12)
+    assert SCORING["reorganize_imaging"]["all_results"] == 0.715  # of 71.5: ours are stored as 0..1

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from reference import METRICS, NAMES, OFFICIAL, clip, stand_ins
@@ -92,6 +93,8 @@ def test_dynamic_degree_votes():
         assert np.mean(outcome.series["top5"]) == pytest.approx(
             np.mean(recorded[name]["top5pct_mean_flow"]), rel=0.1, abs=0.05
         )
+        if cv2.__version__.startswith("4.11."):
+            assert outcome.series["top5"] == pytest.approx(recorded[name]["top5pct_mean_flow"], abs=1e-3)
 
 
 def test_static_filter():

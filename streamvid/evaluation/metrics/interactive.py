@@ -57,9 +57,19 @@ class SwitchContrast(Switching):
         return float(gap / max(np.mean(within), floor))
 
 
-@register("interactive.switch_latency", fidelity="own", better="down", unit="frames")
+def settled_after(nearer: np.ndarray, hold: int) -> int:
+    """First index from which `nearer` is true for `hold` frames on end (to the end, where fewer are left)."""
+    for start in np.flatnonzero(nearer):
+        if nearer[start : start + hold].all():
+            return int(start)
+    return len(nearer)
+
+
+@register("interactive.switch_latency", fidelity="own", better="down", unit="frames", version=2)
 class SwitchLatency(SwitchContrast):
-    """Frames from a switch until the picture is nearer to what the new prompt ends with; mean over taken switches."""
+    """Frames from a switch until the picture is, for half a second on end, nearer to what the new prompt ends with than to
+    what the old one did; mean over taken switches.
+    """
 
     def end(self) -> Outcome:
         latencies: list[int | None] = []
@@ -70,8 +80,7 @@ class SwitchLatency(SwitchContrast):
             before, after = self.ending(old).mean(0), self.ending(new).mean(0)
             frames = np.stack(self.kept[new.start : new.stop])
             nearer = np.linalg.norm(frames - after, axis=1) < np.linalg.norm(frames - before, axis=1)
-            late = np.flatnonzero(~nearer)
-            latencies.append(int(late[-1]) + 1 if len(late) and late[-1] < len(frames) - 1 else 0)
+            latencies.append(settled_after(nearer, max(1, round(self.clip.fps / 2))))
         taken = [value for value in latencies if value is not None]
         series = {"per_switch": latencies}
         if not taken:

@@ -85,12 +85,14 @@ class Loop(Descriptors):
         return ok(score, details={"lag_seconds": lag / self.rate})
 
 
-@register("long.repetition", fidelity="own", better="down", unit="share")
+@register("long.repetition", fidelity="own", better="down", unit="share", version=2)
 class Repetition(Descriptors):
     """How much of the second half was seen before: one minus the distance to the nearest frame half a second or more
-    earlier, over the usual distance of neighbours (1: every frame is an exact copy; 0: none is nearer than a neighbour).
+    earlier, over the usual distance of neighbours, squared (1: every frame is an exact copy; 0: none is nearer than a
+    neighbour).
 
-    Unlike `long.loop` it tells motion that merely comes round again from pictures that do.
+    Squared, exact copies outweigh pictures that come near one another, as those of a wheel do. Unlike `long.loop` it tells
+    motion that merely comes round again from pictures that do.
     """
 
     def end(self) -> Outcome:
@@ -102,7 +104,7 @@ class Repetition(Descriptors):
         if adjacent < 0.1 * frames.shape[1] ** 0.5 or half <= gap:
             return skip("hardly anything changes in it, or it is too short")
         nearest = np.array([distances[i, : i - gap + 1].min() for i in range(half, len(frames))])
-        return ok(float(np.mean(1 - np.minimum(nearest / adjacent, 1))))
+        return ok(float(np.mean((1 - np.minimum(nearest / adjacent, 1)) ** 2)))
 
 
 @register("long.sink_copy", fidelity="own", better="down", unit="cosine")
