@@ -15,9 +15,10 @@ from streamvid.app.limits import Limits
 
 from streamvid.errors import UserError
 from streamvid.methods import Method, load_method, method_names
-from streamvid.script import Script, timeline
+from streamvid.script import Script
 from streamvid.script_fields import TRANSITIONS
 from streamvid.switching import switch_policy
+from streamvid.timeline import timeline
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline

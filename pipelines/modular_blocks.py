@@ -1,6 +1,6 @@
 """The pipeline as a modular pipeline of diffusers: one engine, in blocks that can be taken out, exchanged and added.
 
-    blocks = StreamVidBlocks()      # text encoder -> prepare stream -> chunk loop -> decoder
+    blocks = StreamVidBlocks()      # text encoder -> prepare stream (encodes a given picture) -> chunk loop -> decoder
     pipe = blocks.init_pipeline("path/of/a/model")
     pipe.load_components()
     videos = pipe(prompt="a small green cube floats on the ice", seed=3, output="videos")
@@ -31,9 +31,10 @@ from streamvid.pipelines.pipeline_output import as_output_type, check_output_typ
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
+from streamvid.decoding import Decoder, decode_to_bytes, decoder_of_scene
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.text import PromptCache
+from streamvid.tiny_decoder import TinyDecoder
 from streamvid.transformer import CausalWanTransformer3DModel
 
 SPECS = {
@@ -42,6 +43,7 @@ SPECS = {
     "transformer": CausalWanTransformer3DModel,
     "vae": AutoencoderKLWan,
     "scheduler": FewStepFlowScheduler,
+    "tiny_decoder": TinyDecoder,  # may be absent
 }
 SETTINGS = {"method": "longlive", "fps": 16.0, "height": 480, "width": 832}
 
@@ -88,7 +90,7 @@ class StreamVidPrepareStreamStep(ModularPipelineBlocks):
 
     model_name = "streamvid"
     description = "Makes the stream: its method, noise, size, timeline and empty cache."
-    expected_components = specs("transformer", "vae", "scheduler")
+    expected_components = specs("transformer", "vae", "scheduler", "tiny_decoder")
     expected_configs = [ConfigSpec(name, value) for name, value in SETTINGS.items()]
 
     @property
@@ -111,12 +113,15 @@ class StreamVidPrepareStreamStep(ModularPipelineBlocks):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("stream", description="A VideoStream that leaves decoding to the decoder.")]
+        return [
+            OutputParam("stream", description="A VideoStream that leaves decoding to the decoder."),
+            OutputParam("given_latents", torch.Tensor, "Latents of a given picture or clip, None without."),
+        ]
 
     def __call__(self, components, state):
         block = self.get_block_state(state)
         check_output_type(block.output_type)
-        pipe = engine(components, "transformer", "vae", "scheduler")
+        pipe = engine(components, "transformer", "vae", "scheduler", "tiny_decoder")
         pipe.prompt_cache = PromptCache(limit=len(block.prompt_embeds))
         for prompt, embedding in block.prompt_embeds.items():
             pipe.prompt_cache.put(prompt, embedding)
@@ -124,6 +129,7 @@ class StreamVidPrepareStreamStep(ModularPipelineBlocks):
         block.stream, block.num_frames = pipe.stream_whole(
             block.prompt, block.num_frames, decode_pixels=False, **options
         )
+        block.given_latents = block.stream.given
         self.set_block_state(state, block)
         return components, state
 
@@ -198,12 +204,13 @@ class StreamVidDecodeStep(ModularPipelineBlocks):
 
     model_name = "streamvid"
     description = "Decodes all chunks; every scene is a video of its own to the decoder."
-    expected_components = specs("vae")
+    expected_components = specs("vae", "tiny_decoder")
 
     @property
     def inputs(self) -> list[InputParam]:
         return [
             InputParam("chunks", list, required=True, description="Of the chunk loop."),
+            InputParam("given_latents", torch.Tensor, description="Of the prepare step."),
             InputParam("num_frames", int, description="Pixel frames to return; None: all."),
             InputParam("output_type", str, default="pil", description="pil, np, pt or latent."),
         ]
@@ -215,23 +222,24 @@ class StreamVidDecodeStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components, state):
         block = self.get_block_state(state)
+        pipe = engine(components, "vae", "tiny_decoder")
         if block.output_type == "latent":
             latents = torch.cat([chunk.latents for chunk in block.chunks], 2)
-            count = block.num_frames and engine(components, "vae").latent_frames(block.num_frames)
+            continued = block.given_latents is not None
+            count = block.num_frames and pipe.latent_frames(block.num_frames, continued)
             block.videos = latents[:, :, :count]
         else:
-            videos = np.concatenate(self._decoded(components.vae, block.chunks), axis=1)
+            videos = np.concatenate(self._decoded(pipe.decoder, block.chunks, block.given_latents), axis=1)
             block.videos = as_output_type(videos[:, : block.num_frames], block.output_type)
         self.set_block_state(state, block)
         return components, state
 
-    def _decoded(self, vae: AutoencoderKLWan, chunks) -> list[np.ndarray]:
-        caches: VaeState = decoder_state(vae)
-        videos = []
+    def _decoded(self, decoder: Decoder, chunks, given_latents: torch.Tensor | None) -> list[np.ndarray]:
+        memory, videos = None, []
         for chunk in chunks:
-            if chunk.new_scene:
-                caches = decoder_state(vae)
-            videos.append(decode_to_bytes(vae, chunk.latents, caches))
+            if memory is None or chunk.new_scene:
+                memory = decoder_of_scene(decoder, chunk.index, given_latents)
+            videos.append(decode_to_bytes(decoder, chunk.latents, memory))
         return videos
 
 

@@ -26,12 +26,13 @@ from streamvid.given import encode_frames, fill_blocks, frames_of, given_clips
 from streamvid.methods import Method, load_method
 from streamvid.models import embedded_models
 from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
-from streamvid.saving import load_stream
 from streamvid.schedule import FewStepFlowScheduler
-from streamvid.script import Script, load_script, timeline
+from streamvid.script import Script, load_script
 from streamvid.script_fields import MAX_PROMPT_CHARACTERS
 from streamvid.stream import Chunk, PromptChange, VideoStream
+from streamvid.stream_file import load_stream
 from streamvid.text import PromptCache
+from streamvid.timeline import timeline
 from streamvid.tiny_decoder import TinyDecoder
 from streamvid.transformer import CausalWanTransformer3DModel
 
@@ -55,11 +56,11 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         fps: frames per second of the videos the model was trained on.
         height, width: pixel size it was trained on.
         distilled_for: preset that a converted model was distilled for; playing it with another one is warned of.
+        tiny_decoder: makes the pixels in the VAE's place.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    tiny_decoder: TinyDecoder | None = None
-    _optional_components = ["tokenizer", "text_encoder"]
+    model_cpu_offload_seq = "text_encoder->transformer->vae->tiny_decoder"
+    _optional_components = ["tokenizer", "text_encoder", "tiny_decoder"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -74,6 +75,7 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         height: int = 480,
         width: int = 832,
         distilled_for: str | None = None,
+        tiny_decoder: TinyDecoder | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -82,6 +84,7 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
             transformer=transformer,
             vae=vae,
             scheduler=scheduler,
+            tiny_decoder=tiny_decoder,
         )
         self.register_to_config(
             method=method, fps=fps, height=height, width=width, distilled_for=distilled_for
@@ -416,7 +419,8 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
             frames = as_output_type(videos, output_type)
         else:
             frames = torch.cat([chunk.latents for chunk in chunks], dim=2)
-            frames = frames if num_frames is None else frames[:, :, : self.latent_frames(num_frames)]
+            if num_frames is not None:
+                frames = frames[:, :, : self.latent_frames(num_frames, stream.given is not None)]
         self.maybe_free_model_hooks()
         return StreamVidPipelineOutput(frames=frames) if return_dict else (frames,)
 
@@ -447,13 +451,15 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         if num_frames is not None:
             steps = options.pop("num_inference_steps", None)
             method = self._method(options.pop("method", None), options.pop("overrides", None), steps)
-            blocks = -(-self.latent_frames(num_frames) // method.frames_per_block)
+            continued = options.get("image") is not None or options.get("video") is not None
+            blocks = -(-self.latent_frames(num_frames, continued) // method.frames_per_block)
             options |= {"method": method, "blocks": blocks}
         return self.stream(prompt, **options), num_frames
 
-    def latent_frames(self, num_frames: int) -> int:
-        """Latent frames that give at least so many pixel frames."""
-        return 1 + -(-(num_frames - 1) // self.temporal_ratio)
+    def latent_frames(self, num_frames: int, continued: bool = False) -> int:
+        """Latent frames that give at least so many pixel frames; `continued`: after given ones."""
+        missing = 0 if continued else self.temporal_ratio - 1  # of the first latent frame, which gives one
+        return -(-(num_frames + missing) // self.temporal_ratio)
 
     def _step_end(self, callback: EndCallback, names: Sequence[str]):
         """diffusers' callback as a sampler calls it."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from streamvid.decoding import begin_decoding, decoder_state
-from streamvid.stream import Chunk, VideoStream
+from streamvid.chunk import Chunk
+from streamvid.decoding import begin_decoding, decoder_after, decoder_of_scene
+from streamvid.stream import VideoStream
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -37,15 +38,17 @@ def decode_ahead(stream: VideoStream) -> Iterator[Chunk]:
     A line of three threads: this one denoises, two others do a half of the decoding each. If the stream fails, what it made
     before is decoded and yielded first.
     """
+    if stream.decode_pixels:  # it needs them itself, block by block (`reencode`)
+        yield from stream
+        return
     vae = stream.pipe.decoder
-    # given frames have been shown to the stream's own decoder
-    decoder = stream.decoder.fork() if stream.block == 0 else decoder_state(vae)
+    decoder = decoder_after(vae, stream.given if stream.block == 0 else stream.cache.latest_latents())
 
     def first_half(chunk: Chunk) -> Future[Chunk]:
         nonlocal decoder
         began = time.perf_counter()
         if chunk.new_scene:
-            decoder = decoder_state(vae)
+            decoder = decoder_of_scene(vae, chunk.index, stream.given)
         rest = begin_decoding(vae, chunk.latents, decoder)
         return last.submit(second_half, chunk, rest, time.perf_counter() - began)
 

@@ -25,8 +25,9 @@ from streamvid.io.files import prepare_output_folder, replace_atomically
 from streamvid.io.manifest import environment
 from streamvid.methods import load_method
 from streamvid.models import DEFAULT_MODEL, load_pipeline, load_probe
-from streamvid.script import Script, format_timeline
+from streamvid.script import Script
 from streamvid.stream import VideoStream
+from streamvid.timeline import format_timeline
 
 MOST_METHODS = 8
 COLUMNS = 4  # of the side-by-side video

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,6 +91,11 @@ class Mailbox:
             self.pending = change, receipt
         return receipt
 
+    def reset(self, restart: Restart) -> None:
+        """Ask for block 0; it stands beside the prompt that waits."""
+        with self._lock:  # or it could be lost to a block that finishes with an earlier one
+            self.restart = restart
+
     def take(self) -> tuple[PromptChange | None, Restart | None]:
         """For a block that begins: what it shall be made with."""
         with self._lock:
@@ -156,3 +163,20 @@ class StreamState:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: what is inside happens whole."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # no KeyboardInterrupt comes here
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])

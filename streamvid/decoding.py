@@ -22,6 +22,7 @@ from streamvid import wan_decoder
 from streamvid.tiny_decoder import TinyDecoder
 
 Decoder: TypeAlias = AutoencoderKLWan | TinyDecoder
+SHOWN_PER_CALL = 4  # latent frames, so that the pixels of a long clip are never in memory
 
 
 @dataclass
@@ -56,6 +57,19 @@ def decoder_state(vae: Decoder) -> VaeState:
     if isinstance(vae, TinyDecoder):
         return VaeState([None] * vae.memories)
     return VaeState([None] * vae._cached_conv_counts["decoder"])
+
+
+def decoder_after(vae: Decoder, latents_BCFHW: torch.Tensor | None) -> VaeState:
+    """The memory of a decoder that has seen these latents from the start of a video on; None: nothing yet."""
+    state = decoder_state(vae)
+    for latents in () if latents_BCFHW is None else latents_BCFHW.split(SHOWN_PER_CALL, 2):
+        decode_to_bytes(vae, latents, state)
+    return state
+
+
+def decoder_of_scene(vae: Decoder, block: int, given_BCFHW: torch.Tensor | None) -> VaeState:
+    """The memory of a decoder at a block that begins a scene: before block 0 it has seen the frames that were given."""
+    return decoder_after(vae, given_BCFHW if block == 0 else None)
 
 
 def encoder_state(vae: AutoencoderKLWan) -> VaeState:

@@ -15,8 +15,8 @@ from streamvid.decoding import VaeState
 from streamvid.errors import UserError
 from streamvid.methods import SHOT_OPTION_NAMES, Method
 from streamvid.noise import NoiseSource, SeededNoise
-from streamvid.script import Timeline, TimelineShot
 from streamvid.switching import SwitchPolicy, switch_policy
+from streamvid.timeline import Timeline, TimelineShot
 from streamvid.transformer import PromptKV
 
 if TYPE_CHECKING:

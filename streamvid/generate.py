@@ -17,7 +17,8 @@ from streamvid.kernels.attention import attention_backend
 from streamvid.kernels.check import verify
 from streamvid.methods import load_method
 from streamvid.models import DEFAULT_MODEL, load_pipeline, model_method
-from streamvid.script import Script, format_timeline, to_dict
+from streamvid.script import Script, to_dict
+from streamvid.timeline import format_timeline
 
 
 def generate(

@@ -142,13 +142,11 @@ def load_pipeline(
                     f"{folder / 'text_encoder'} lacks {len(report['missing_keys'])} tensors "
                     f"({min(report['missing_keys'])}, ...): download it again"
                 )
-            pipe = StreamVidPipeline.from_pretrained(
-                folder, dtype=number, transformer=transformer, vae=vae, text_encoder=text_encoder
-            )
+            parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+            place = folder / "tiny_decoder" if decoder == "tiny" else decoder
+            tiny = None if decoder == "exact" else load_tiny_decoder(place, number)
+            pipe = StreamVidPipeline.from_pretrained(folder, dtype=number, tiny_decoder=tiny, **parts)
             check_parts(pipe)
-            if decoder != "exact":
-                place = folder / "tiny_decoder" if decoder == "tiny" else decoder
-                pipe.tiny_decoder = load_tiny_decoder(place, number).to(target)
             return pipe.to(target)
     except UserError:
         raise

@@ -26,7 +26,7 @@ import torch
 
 from streamvid.chunk import Chunk, Clock
 from streamvid.context import ContextCache
-from streamvid.control import Mailbox, PromptChange, Receipt, Restart, StreamState
+from streamvid.control import Mailbox, PromptChange, Receipt, Restart, StreamState, uninterrupted
 from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.direction import Blend, BlockSetup, Director, PromptKeys
 from streamvid.errors import UserError
@@ -41,9 +41,10 @@ from streamvid.noise import (
     noise_state,
 )
 from streamvid.sampler import BlockInputs
-from streamvid.saving import options_of, save_stream
-from streamvid.script import Timeline, TimelineShot
+from streamvid.saving import options_of
+from streamvid.stream_file import new_stream, save_stream, settings_of
 from streamvid.switching import switch_policy
+from streamvid.timeline import Timeline
 from streamvid.transformer import PromptKV
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class VideoStream:
         timeline: shots of a script; the stream ends with it.
         blocks: end after so many blocks at the latest; None: with the timeline, and without one never.
         attention: name of the attention backend.
-        decode_pixels: False leaves the chunks without pixels; their times stay what they would be.
+        decode_pixels: False leaves the chunks without pixels; their times stay what they would be. A method with `reencode`
+            needs them in any case.
     """
 
     def __init__(
@@ -88,7 +90,8 @@ class VideoStream:
         lengths = [n for n in (blocks, timeline.blocks if timeline is not None else None) if n is not None]
         self.blocks = min(lengths, default=None)
         config = pipe.transformer.config
-        self.latent_size, self.attention, self.decode_pixels = latent_size, attention, decode_pixels
+        self.latent_size, self.attention = latent_size, attention
+        self.decode_pixels = decode_pixels or method.reencode
         device, dtype = pipe.transformer.device, pipe.transformer.dtype
         self.prompt_keys = PromptKeys(pipe, device, dtype)
         self.director = Director(pipe, method, timeline, self.prompt_keys)
@@ -114,8 +117,6 @@ class VideoStream:
         self.noise = noise
         self.origin = noise_state(noise)  # where a reset goes back to
         self.given: torch.Tensor | None = None
-        if method.reencode and not decode_pixels:
-            raise UserError("reencode = True encodes decoded pixels: leave decode_pixels on, or reencode out")
         self.shown: torch.Tensor | None = None  # last pixels of the latest latent frames, with `reencode`
         self.current = first
         self.blend: Blend | None = None
@@ -125,6 +126,7 @@ class VideoStream:
         self._making = threading.RLock()  # held while a block is made
         self._busy = False
         self._closed = False
+        self._place = self._where()
         for shot in timeline.shots if timeline is not None else ():
             # an impossible one is refused now, not in minutes
             self.director.after(self._setup, self.director.change_to(shot, len(first.prompts)), 0)
@@ -141,19 +143,19 @@ class VideoStream:
         """
         with self.between_chunks(), _plain_tensors():
             self.given = latents_BCFHW.clone()
-            self._show_given()
+            self._show_given(self._inputs(self._setup, self.prompt_keys.of_prompts(self.current.prompts)))
+            self._place = self._where()
 
-    def _show_given(self) -> None:
+    def _show_given(self, inputs: BlockInputs) -> None:
         if self.given is None:
             return
         blocks = self.given.to(self.cache.keys).split(self.method.frames_per_block, 2)
         self.cache.planner.next_block = -len(blocks)
-        inputs = self._inputs(self._setup, self.prompt_keys.of_prompts(self.current.prompts))
         for latents in blocks:
             plan = self.cache.planner.plan()
             self.cache.begin(plan)
             self.cache.commit(self.sampler.context_pass(inputs, plan, latents), latents)
-            self.shown = self._last_pixels(decode_to_bytes(self.pipe.decoder, latents, self.decoder))
+        self._decode_past(self.given)
 
     def prompt(self, text: str | list[str], policy: str | None = None) -> Receipt:
         """Switch to another prompt at the next block; thread-safe, the last call before the block wins.
@@ -194,7 +196,7 @@ class VideoStream:
                 raise UserError(f"seed = {seed} must be a whole number from 0")
             if not isinstance(self.noise, SeededNoise):
                 raise UserError("seed of a reset needs noise = seeded: leave it out")
-        self.mailbox.restart = Restart(seed)
+        self.mailbox.reset(Restart(seed))
 
     def fork(self) -> VideoStream:
         """An independent continuation from the latest chunk, with its own copy of all state; thread-safe.
@@ -202,7 +204,7 @@ class VideoStream:
         What was asked for and has not been applied yet is asked of both. A noise function of the caller's is shared.
         """
         with self.between_chunks(), _plain_tensors():
-            twin = VideoStream.from_settings(self.pipe, self.settings())
+            twin = new_stream(self.pipe, settings_of(self))
             twin.load_state_dict(self.state_dict())
             twin.mailbox.load_state_dict(self.mailbox.state_dict())
         return twin
@@ -232,19 +234,23 @@ class VideoStream:
         self.mailbox.drop()
 
     def state(self) -> StreamState:
-        """Where the stream is."""
+        """Where the stream is: after its latest chunk, also while the next one is in the making."""
+        block, frames_shown, prompts, attended = self._place
         pending = self.mailbox.pending
         return StreamState(
-            self.block,
-            self.frames_shown / self.fps,
-            self.current.prompts,
+            block,
+            frames_shown / self.fps,
+            prompts,
             None if pending is None else pending[0].prompts,
             self.method.name,
             not self._running.is_set(),
             self._closed,
-            tuple(self.cache.planner.live_frames),
+            attended,
             self.cache.bytes,
         )
+
+    def _where(self) -> tuple[int, int, tuple[str, ...], tuple[int, ...]]:
+        return self.block, self.frames_shown, self.current.prompts, tuple(self.cache.planner.live_frames)
 
     @property
     def _ended(self) -> bool:
@@ -252,7 +258,8 @@ class VideoStream:
         return self._closed or over
 
     def __next__(self) -> Chunk:
-        self._running.wait()
+        if not self._ended:
+            self._running.wait()
         with self.between_chunks(), _plain_tensors():
             if self._ended:
                 self.mailbox.drop()
@@ -268,9 +275,10 @@ class VideoStream:
         try:
             return self._next_chunk(undo)
         except BaseException:
-            for back in undo[::-1]:
-                back()
-            self.mailbox.failed()
+            with uninterrupted():
+                for back in undo[::-1]:
+                    back()
+                self.mailbox.failed()
             raise
 
     def _next_chunk(self, undo: list[Callable[[], None]]) -> Chunk:
@@ -298,17 +306,23 @@ class VideoStream:
             attended=plan.attended,
             new_scene=setup.new_scene,
         )
-        # commit: nothing above changed what the next block is computed from
-        ratio = self.pipe.temporal_ratio
-        shown = ratio * latents.shape[2] - (0 if setup.decoder.started else ratio - 1)
-        self.cache.commit(committed, latents)
-        self.sampler.commit()
-        self.current, self.noise, self.steps = setup.current, setup.noise, setup.steps
-        self.blend, self.decoder, self.shown = setup.blend, decoder, self._last_pixels(videos)
-        self.block += 1
-        self.frames_shown += shown
-        self.mailbox.applied(chunk.index, chunk.media_time)
+        with uninterrupted():
+            # nothing but what `undo` brings back has changed what the next block is computed from
+            self.cache.commit(committed, latents)
+            self.sampler.commit()
+            self._move_on(chunk, setup, decoder)
+            undo.clear()
         return chunk
+
+    def _move_on(self, chunk: Chunk, setup: BlockSetup, decoder: VaeState) -> None:
+        """The chunk is the latest one."""
+        ratio = self.pipe.temporal_ratio
+        self.frames_shown += ratio * chunk.latents.shape[2] - (0 if setup.decoder.started else ratio - 1)
+        self.block += 1
+        self.current, self.noise, self.steps = setup.current, setup.noise, setup.steps
+        self.blend, self.decoder, self.shown = setup.blend, decoder, self._last_pixels(chunk.videos)
+        self._place = self._where()
+        self.mailbox.applied(chunk.index, chunk.media_time)
 
     def _set_up(
         self, clock: Clock, undo: list[Callable[[], None]]
@@ -325,6 +339,9 @@ class VideoStream:
             setup = self.director.after(self._setup, change, self.block)
             setup = replace(setup, new_scene=restart is not None)
             prompt_kv = self.prompt_keys.of_block(setup, self.block)
+            if restart is not None:  # under the prompt that block 0 is made with
+                self._show_given(self._inputs(setup, prompt_kv))
+                setup = replace(setup, decoder=self.decoder)
             if change is not None and self.block > 0:
                 name = change.policy or self.method.transition
                 policy = switch_policy(name)
@@ -343,11 +360,10 @@ class VideoStream:
             self.noise = SeededNoise(seeds, self.noise.frame_shape)
             self.origin = noise_state(self.noise)
         self.cache.clear()
-        self.sampler = self.method.new_sampler()
+        self.sampler.load_state_dict(self.method.new_sampler().state_dict())
         self.decoder = decoder_state(self.pipe.decoder)
         self.steps = self.director.steps(self.method.denoising_steps)
         self.block, self.frames_shown, self.blend, self.shown = 0, 0, None, None
-        self._show_given()
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -360,42 +376,6 @@ class VideoStream:
                     "stream cannot be forked or saved from within one of its blocks: do it between two chunks"
                 )
             yield
-
-    def settings(self) -> dict[str, Any]:
-        """What `from_settings` makes such a stream of, at its beginning, with the same pipeline."""
-        timeline = self.timeline
-        return {
-            "method": options_of(self.method),
-            "first": options_of(self.current),
-            "latent_size": self.latent_size,
-            "noise": noise_state(self.noise),
-            "fps": self.fps,
-            "timeline": timeline
-            and {**options_of(timeline), "shots": [options_of(s) for s in timeline.shots]},
-            "blocks": self.blocks,
-            "attention": self.attention,
-            "decode_pixels": self.decode_pixels,
-        }
-
-    @classmethod
-    def from_settings(cls, pipe: StreamVidPipeline, settings: Mapping[str, Any]) -> VideoStream:
-        """A stream at its beginning."""
-        timeline = settings["timeline"]
-        if timeline is not None:
-            shots = tuple(TimelineShot(**shot) for shot in timeline["shots"])
-            timeline = Timeline(**{**timeline, "shots": shots})
-        return cls(
-            pipe,
-            Method(**settings["method"]),
-            PromptChange(**settings["first"]),
-            settings["latent_size"],
-            noise_from(settings["noise"], pipe.transformer.device),
-            settings["fps"],
-            timeline,
-            settings["blocks"],
-            settings["attention"],
-            settings["decode_pixels"],
-        )
 
     def state_dict(self, compact: bool = False) -> dict[str, Any]:
         """Everything that a block changes (streamvid.saving); `compact`: that cannot be made anew from clean latents."""
@@ -431,14 +411,14 @@ class VideoStream:
                 self.decoder.load_state_dict(state["decoder"])
             elif self.cache.planner.next_frame > 0:
                 self._rebuild()
+            self._place = self._where()
 
     def _rebuild(self) -> None:
         """Keys, values and the decoder's memory, from the clean latents of a compact state."""
         told = self.prompt_keys.told(self._setup, self.block - 1)
         prompt_kv = self.pipe.transformer.prompt_kv(told)
         self.cache.rebuild(lambda plan: self._context_pass(plan, prompt_kv))
-        for latents in self.cache.latest_latents().split(self.method.frames_per_block, 2):
-            self.shown = self._last_pixels(self._pixels(latents, self.decoder))
+        self._decode_past(self.cache.latest_latents())
 
     # --- parts of a block -------------------------------------------------------------------------------------------
 
@@ -463,6 +443,12 @@ class VideoStream:
     def _context_pass(self, plan, prompt_kv: PromptKV) -> None:
         """Replay a plan's clean latents at t = 0, rewriting their keys and values (`cache.begin` was called)."""
         self._inputs(self._setup, prompt_kv).context_pass(self.cache.clean_latents(plan))
+
+    def _decode_past(self, latents_BCFHW: torch.Tensor) -> None:
+        """Show the decoder the latents of a scene that come before the next block."""
+        self.decoder, self.shown = decoder_state(self.pipe.decoder), None
+        for latents in latents_BCFHW.split(self.method.frames_per_block, 2):
+            self.shown = self._last_pixels(self._pixels(latents, self.decoder))
 
     def _last_pixels(self, videos_BTHWC: np.ndarray) -> torch.Tensor | None:
         """`shown` once these frames are shown too."""

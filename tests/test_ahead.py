@@ -6,6 +6,7 @@ import tiny
 import torch
 
 from streamvid.ahead import decode_ahead
+from streamvid.chunk import Chunk
 
 SCRIPT = "a red fox walks in the snow [3s] | rain falls [2s] | # a blue cat sleeps [3s]"
 
@@ -25,6 +26,40 @@ def test_chunks_are_those_of_the_stream_also_after_a_cut():
         assert np.array_equal(one.videos, other.videos) and torch.equal(one.latents, other.latents)
         assert (one.index, one.first_frame, one.events) == (other.index, other.first_frame, other.events)
         assert other.timings["decode"] > 0
+
+
+@pytest.mark.parametrize("given", ["image", "video"])
+def test_after_a_reset_it_goes_on_from_the_given_frames_again(given):
+    frames = np.random.default_rng(2).integers(0, 256, (21, 32, 32, 3), np.uint8)
+
+    def chunks(beside: bool) -> list[Chunk]:
+        options = {given: frames[0] if given == "image" else frames, "decode_pixels": not beside}
+        stream = tiny.pipeline().stream("a red fox walks", seed=3, blocks=2, **options)
+        resets = []
+
+        def reset_once(timesteps, latents):
+            if stream.block == 1 and not resets:
+                resets.append(stream.reset())
+            return latents
+
+        stream.sampler.on_step_end = reset_once
+        return list(decode_ahead(stream) if beside else stream)
+
+    plain, beside = chunks(False), chunks(True)
+    assert [chunk.index for chunk in beside] == [0, 1, 0, 1]
+    for one, other in zip(plain, beside, strict=True):
+        assert np.array_equal(one.videos, other.videos) and one.events == other.events
+    assert np.array_equal(beside[0].videos, beside[2].videos)
+
+
+def test_it_may_begin_in_the_middle_of_a_stream():
+    """While the window holds the whole scene, the pixels are exactly those of the stream."""
+    plain, blind = streams(tiny.pipeline())
+    chunks = list(plain)[3:]
+    for _ in range(3):
+        next(blind)
+    for one, other in zip(chunks, decode_ahead(blind), strict=True):
+        assert np.array_equal(one.videos, other.videos)
 
 
 def test_the_stream_is_two_blocks_ahead_of_its_consumer():

@@ -1,14 +1,19 @@
 """Live control of a stream: receipts tell the truth, pauses hold, ends are told."""
 
 import json
+import signal
 import threading
 import time
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import tiny
+from test_stream import same
 
+from streamvid.context import ContextCache
 from streamvid.errors import UserError
+from streamvid.window import WindowPlanner
 
 FOX, CAT, BIRD = "a red fox walks", "the blue cat sleeps", "a bird runs"
 
@@ -137,6 +142,70 @@ def test_a_paused_stream_waits(ends):
     thread.join(20)
     assert not thread.is_alive() and len(made) == (1 if ends == "resume" else 0)
     assert not stream.state().paused
+
+
+def test_a_pause_does_not_hold_up_the_end():
+    stream, seen = start(blocks=1), []
+    next(stream)
+    stream.pause()
+    thread = threading.Thread(target=lambda: seen.append(list(stream)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert seen == [[]]
+
+
+@pytest.mark.parametrize("policy", ["cut", "recache", None])
+def test_the_state_in_the_middle_of_a_block_is_that_of_the_latest_chunk(policy):
+    stream, seen = start(), []
+    list(islice(stream, 3))
+    before = replace(stream.state(), pending=None)
+    if policy is None:
+        stream.reset(seed=5)
+    else:
+        stream.prompt(CAT, policy)
+    stream.sampler.on_step_end = lambda _, latents: (seen.append(stream.state()), latents)[1]
+    next(stream)
+    assert len(seen) == 2 and {replace(state, pending=None) for state in seen} == {before}
+    assert replace(stream.state(), pending=None) != before
+
+
+@pytest.fixture
+def ctrl_c():
+    """What Ctrl-C does in a terminal: in the background it may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("where", ["commit", "undo"])
+def test_an_interrupt_comes_between_two_chunks_or_within_one_but_never_in_a_commit(
+    where, monkeypatch, ctrl_c
+):
+    """Ctrl-C strikes between any two lines of Python: not where half of a block would be remembered."""
+    expected = list(islice(start(seed=1), 5))
+    stream = start(seed=1)
+    list(islice(stream, 2))
+
+    def then_interrupted(method):
+        def call(self, *arguments):
+            method(self, *arguments)
+            signal.raise_signal(signal.SIGINT)
+
+        return call
+
+    if where == "commit":
+        monkeypatch.setattr(WindowPlanner, "commit", then_interrupted(WindowPlanner.commit))
+    else:
+        stream.reset()
+        monkeypatch.setattr(ContextCache, "load_state_dict", then_interrupted(ContextCache.load_state_dict))
+        monkeypatch.setattr(stream, "_pixels", lambda *_: 1 / 0)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    monkeypatch.undo()
+    stream.mailbox.restart = None
+    assert stream.block == (3 if where == "commit" else 2)
+    assert all(map(same, expected[stream.block :], stream))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_prompts_from_many_threads_are_each_settled_once():

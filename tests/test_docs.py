@@ -4,9 +4,10 @@ import re
 import shlex
 from pathlib import Path
 
+import imageio.v3 as imageio
 import pytest
 
-from streamvid.cli import build_parser
+from streamvid.cli import build_parser, main
 from streamvid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,12 +59,18 @@ def test_the_guide_to_streams_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "streams.md").read_text()
     names: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        exec(block, names)
-    assert names["again"].block == 5 and {path.name for path in tmp_path.iterdir()} == {
-        "cube.stream",
-        "small.stream",
-    }
+    for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if kind == "python":
+            exec(block, names)
+            continue
+        for line in block.splitlines():
+            assert main(shlex.split(line)[1:]) == 0
+    assert names["again"].block == 5
+    for made in ("cube.stream", "small.stream", "first.png"):
+        assert (tmp_path / made).exists()
+    assert len(imageio.imread(tmp_path / "from_picture.mp4")) == len(
+        imageio.imread(tmp_path / "continued.mp4")
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -154,6 +154,19 @@ def test_saved_forked_and_reset_streams_still_know_what_was_given(mode, tmp_path
         assert same(first[1], again[1]) and np.array_equal(first[0].videos, again[0].videos)
 
 
+@pytest.mark.parametrize("prompt", [FOX, f"{FOX} [2s] | {CAT} [2s]"])
+def test_a_reset_shows_what_was_given_under_the_prompt_that_begins(prompt):
+    """Not under the latest one: the first shot's, or one that waits."""
+    options = {"image": pictures(1)[0], "blocks": 4}
+    stream = start(prompt, **options)
+    list(islice(stream, 3))
+    if prompt == FOX:
+        stream.prompt(CAT)
+    stream.reset()
+    for one, other in zip(stream, start(CAT if prompt == FOX else prompt, **options), strict=True):
+        assert torch.equal(one.latents, other.latents)
+
+
 def test_a_reset_that_fails_while_given_frames_are_shown_undoes_itself():
     stream = start(image=pictures(1)[0])
     list(islice(stream, 2))

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from streamvid.ahead import decode_ahead
 from streamvid.errors import UserError
 from streamvid.given import encode_frames
 from streamvid.methods import load_method
@@ -174,9 +175,12 @@ def test_a_stream_with_reencoding_goes_on_from_any_moment():
     assert twin.cache.reencoded[0] == blocks[2].attended[0] == 18 and blocks[1].attended[0] == 15
 
 
-def test_reencoding_needs_pixels_and_no_sink():
-    with pytest.raises(UserError, match="reencode = True encodes decoded pixels: leave decode_pixels on"):
-        start(**{**PICTURE, "decode_pixels": False})
+def test_reencoding_decodes_in_any_case_and_needs_no_sink():
+    """Nobody may ask for the pixels: who decodes elsewhere, or wants latents only."""
+    seen, blind = (start(**{**PICTURE, "decode_pixels": on}) for on in (True, False))
+    assert next(blind).videos.shape == next(seen).videos.shape
+    for one, other in zip(islice(seen, 3), decode_ahead(blind), strict=False):
+        assert torch.equal(one.latents, other.latents) and (one.videos == other.videos).all()
     with pytest.raises(
         UserError, match="reencode = True would have no effect: set recompute = True and sink = 0"
     ):

@@ -1,10 +1,13 @@
 """Saved, forked and reset streams go on as if nothing had happened, and files that cannot be trusted are refused."""
 
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import fields, is_dataclass, replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,7 +20,8 @@ from streamvid.decoding import channels_last
 from streamvid.errors import UserError
 from streamvid.methods import load_method, method_names
 from streamvid.noise import SeededNoise
-from streamvid.saving import _pack, _unpack
+from streamvid.saving import pack, unpack
+from streamvid.tiny_decoder import TinyDecoder
 
 FOX, CAT, SNOW = "a red fox walks", "the blue cat sleeps", "the snow falls"
 STORED = {f"kv_dtype {kind}": {"kv_dtype": kind} for kind in ("int8", "fp8", "kivi2")}
@@ -137,6 +141,30 @@ def test_an_exact_file_holds_everything(options, tmp_path):
         assert list(differences(stream, copy)) == []
 
 
+def test_an_exact_file_goes_on_in_another_process(tmp_path):
+    stream = start(decode_pixels=True)
+    list(islice(stream, 3))
+    stream.prompt(CAT)
+    stream.save(tmp_path / "it.stream")
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    program = """
+from itertools import islice
+
+import numpy as np
+from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
+
+pipe = StreamVidPipeline.from_pretrained("model")
+chunks = list(islice(pipe.load_stream("it.stream"), 2))
+np.savez("chunks.npz", **{str(c.index): c.latents for c in chunks}, videos=np.concatenate([c.videos for c in chunks], 1))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    there, here = np.load(tmp_path / "chunks.npz"), list(islice(stream, 2))
+    for chunk in here:
+        assert np.array_equal(there[str(chunk.index)], chunk.latents)
+    assert np.array_equal(there["videos"], np.concatenate([chunk.videos for chunk in here], 1))
+
+
 def test_the_pixels_of_copies_follow_on_the_same_frames(tmp_path):
     stream = start(decode_pixels=True)
     list(islice(stream, 3))
@@ -217,9 +245,9 @@ def test_trees_come_back_as_they_were():
         "d": torch.arange(120.0).view(1, 2, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d),
     }
     tensors: dict[str, torch.Tensor] = {}
-    packed = json.loads(json.dumps(_pack(tree, tensors, "")))
+    packed = json.loads(json.dumps(pack(tree, tensors, "")))
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    again = _unpack(packed, tensors)
+    again = unpack(packed, tensors)
     assert list(differences(tree, again)) == []
     assert again["b"][3].stride() == (1, 3) and again["d"].stride() == tree["d"].stride()
 
@@ -270,6 +298,17 @@ def test_a_compact_file_goes_on_near_the_original(options, tmp_path):
     other.noise = SeededNoise([99] * len(stream.current.prompts), tiny.LATENT)
     expected, near, far = latents(stream), latents(small), latents(other)
     assert (near - expected).square().mean() < 0.25 * (far - expected).square().mean()
+
+
+@pytest.mark.parametrize("method", ["longlive", "self_forcing"])
+def test_a_compact_file_of_a_full_size_video_has_a_few_megabytes(method, tmp_path):
+    """480 x 832 in half precision, whatever the size of the model: keys and values make a file large."""
+    pipe = tiny.new_pipeline().to(torch.bfloat16)
+    stream = pipe.stream(FOX, method=method, height=480, width=832, decode_pixels=False)
+    compact, exact = (stream.save(tmp_path / mode, mode).stat().st_size for mode in ("compact", "exact"))
+    frames = stream.method.window + stream.method.sink
+    assert compact < 2 * 16 * 60 * 104 * frames + 20_000 < 5e6
+    assert exact - compact >= stream.cache.bytes
 
 
 @pytest.mark.parametrize("sink_update", ["ema", "memory", "adaptive"])
@@ -442,7 +481,7 @@ def test_damaged_files_are_refused(file, tmp_path):
 
 def rewritten(file, path, change):
     """The file with another content and a checksum that fits."""
-    from streamvid.saving import _checksum
+    from streamvid.stream_file import _checksum
 
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -479,6 +518,12 @@ def test_files_of_another_model_are_refused(file, tmp_path):
     other = tiny.pipeline(seed=1)
     refused(file, "exactly and with other weights", other)
     refused(file, "exactly and in another precision", tiny.new_pipeline().to(torch.bfloat16))
+    small = tiny.new_pipeline()
+    small.register_modules(tiny_decoder=TinyDecoder(widths=(8, 8, 8, 8), blocks=(1, 1, 1)))
+    refused(file, "exactly and with another decoder", small)
+    own = small.stream(FOX).save(tmp_path / "small.stream")
+    small.register_modules(tiny_decoder=TinyDecoder(widths=(8, 8, 8, 8), blocks=(1, 1, 1)))
+    refused(own, "exactly and with other weights", small)
     compact = tiny.pipeline().load_stream(file).save(tmp_path / "it.stream", "compact")
     assert next(other.load_stream(compact)).index == 2
 
@@ -506,7 +551,7 @@ def test_a_save_that_fails_keeps_the_file_before(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("streamvid.saving.save_file", full)
+    monkeypatch.setattr("streamvid.stream_file.save_file", full)
     with pytest.raises(UserError, match="the disk is full"):
         stream.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

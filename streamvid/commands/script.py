@@ -21,7 +21,8 @@ def add(commands) -> None:
 
 def _check_script(options) -> None:
     from streamvid.methods import OPTION_NAMES
-    from streamvid.script import format_timeline, load_script, timeline, to_yaml
+    from streamvid.script import load_script, to_yaml
+    from streamvid.timeline import format_timeline, timeline
 
     for name, value in (("fps", options.fps), ("frames-per-block", options.frames_per_block)):
         if value is not None and not 0 < value <= 1000:

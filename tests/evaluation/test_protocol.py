@@ -10,7 +10,8 @@ from streamvid.evaluation import evaluate as evaluation
 from streamvid.evaluation.produce import Producer
 from streamvid.evaluation.protocol import jobs, load_protocol, protocol_names, script_of, seed_of
 from streamvid.evaluation.registry import all_metrics, resolve
-from streamvid.script import load_script, timeline
+from streamvid.script import load_script
+from streamvid.timeline import timeline
 
 
 @pytest.mark.parametrize("name", protocol_names())

@@ -16,6 +16,7 @@ from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 
 from streamvid import load_pipeline
 from streamvid.errors import UserError
+from streamvid.tiny_decoder import TinyDecoder
 
 PROMPT, SCRIPT = "a red fox walks", "a red fox walks [1s] | the blue cat sleeps [1s]"
 
@@ -68,6 +69,25 @@ def test_parts_are_shared_and_replaced(pipe):
     scheduler = tiny.scheduler(denoising_steps=(1000,))
     one = StreamVidPipeline(**{**pipe.components, "scheduler": scheduler}, height=32, width=32)
     assert len(one.stream(PROMPT).steps) == 1
+
+
+def test_a_tiny_decoder_is_a_part_like_the_others(pipe, tmp_path):
+    """It is cast, saved, loaded and moved with the pipeline, which has none otherwise."""
+    torch.manual_seed(0)
+    exact = frames(pipe)
+    pipe.register_modules(tiny_decoder=TinyDecoder(widths=(8, 8, 8, 8), blocks=(1, 1, 1)).eval())
+    expected = frames(pipe)
+    assert np.abs(expected - exact).max() > 0.1
+    assert pipe.to(torch.bfloat16).tiny_decoder.dtype == torch.bfloat16
+    pipe.to(torch.float32)
+    pipe.save_pretrained(tmp_path)
+    loaded = StreamVidPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.decoder is loaded.tiny_decoder and loaded.decoder is not loaded.vae
+    other = StreamVidPipeline.from_pretrained(tmp_path, tiny_decoder=None)
+    assert other.decoder is other.vae
+    accelerate.hooks.add_hook_to_module(loaded.tiny_decoder, Elsewhere())
+    assert np.abs(frames(loaded) - expected).max() < 0.02  # weights went through bfloat16
 
 
 def test_frames_are_what_export_to_video_takes(pipe, tmp_path):
@@ -187,8 +207,8 @@ def test_group_offload_of_the_whole_pipeline(pipe):
 def test_sequential_offload(pipe, dtype):
     pipe.to(dtype)
     expected = frames(pipe)
-    for name in pipe.model_cpu_offload_seq.split("->"):  # what enable_sequential_cpu_offload does
-        accelerate.cpu_offload(getattr(pipe, name), "cpu")
+    for part in (pipe.text_encoder, pipe.transformer, pipe.vae):  # what enable_sequential_cpu_offload does
+        accelerate.cpu_offload(part, "cpu")
     assert {p.device.type for p in pipe.transformer.parameters()} == {"meta"}
     assert pipe.transformer.device.type == "cpu"  # where it computes
     assert same(frames(pipe), expected, dtype)
@@ -214,8 +234,10 @@ class Elsewhere(accelerate.hooks.ModelHook):
 
 def test_model_offload_brings_every_part_in_time(pipe):
     expected = frames(pipe)
-    for name in pipe.model_cpu_offload_seq.split("->"):
-        accelerate.hooks.add_hook_to_module(getattr(pipe, name), Elsewhere())
+    parts = [getattr(pipe, name) for name in pipe.model_cpu_offload_seq.split("->")]
+    assert set(parts) == {p for p in pipe.components.values() if isinstance(p, torch.nn.Module)} | {None}
+    for part in filter(None, parts):
+        accelerate.hooks.add_hook_to_module(part, Elsewhere())
     assert np.array_equal(frames(pipe), expected)
 
 

@@ -50,6 +50,16 @@ def test_a_script_brings_its_own_length(pipe, tmp_path):
         assert np.array_equal(video * 255, frames_of(stream).astype(np.float32))
 
 
+@pytest.mark.parametrize(("num_frames", "blocks", "latents"), [(9, 1, 3), (12, 1, 3), (13, 2, 4), (24, 2, 6)])
+def test_a_call_from_a_picture_makes_no_block_too_many(pipe, num_frames, blocks, latents):
+    """After given frames, the first latent frame gives as many pixel frames as every other one."""
+    options = {"image": Image.new("RGB", (32, 32)), "decode_pixels": False}
+    stream, count = pipe.stream_whole(FOX, num_frames, **options)
+    assert (stream.blocks, count, pipe.latent_frames(count, continued=True)) == (blocks, num_frames, latents)
+    video = pipe(FOX, num_frames, image=options["image"], output_type="latent").frames
+    assert video.shape[2] == latents
+
+
 def test_the_default_length_is_that_of_the_base_model(pipe):
     assert pipe(FOX, output_type="latent").frames.shape == (1, 16, 21, 4, 4)  # 81 pixel frames
     options = {"frames_per_block": 4, "window": 12}
@@ -269,6 +279,17 @@ def test_the_step_callback_sees_every_step(pipe):
     blind = Record()
     latents_of(pipe, blind, callback_on_step_end_tensor_inputs=[])
     assert all(given == {} for *_, given in blind.calls)
+
+
+def test_the_step_callback_outlives_a_reset(pipe):
+    record, resets = Record(), []
+
+    def again(pipe, index, media_time, given):
+        if not resets:
+            resets.append(given["stream"].reset())
+
+    latents_of(pipe, record, callback_on_chunk_end=again)
+    assert [step for step, *_ in record.calls] == list(range(2 * 3))
 
 
 def test_the_step_callback_changes_the_latents(pipe):
