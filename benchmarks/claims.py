@@ -1,7 +1,8 @@
 """What was published about methods against what the table of methods says of them on the embedded model.
 
 A claim names the method, the one that it is to beat, and the column of `streamvid.evaluation.method_table` that would show
-it. The verdict is arithmetic: the difference of the means against the half-width of its 95% interval.
+it. The verdict is arithmetic: the difference of the means against the half-width of its 95% interval, taken as if the two
+methods had been run on different prompts. They share them, so what is called a difference is one all the more.
 """
 
 from __future__ import annotations
@@ -73,11 +74,15 @@ CLAIMS = (
 )
 
 
+def difference(one: Mapping[str, Any], other: Mapping[str, Any], column: str) -> tuple[float, float]:
+    """How much better (negative: worse) the first method is than the other, and half of the interval of that."""
+    better = (one[column]["mean"] - other[column]["mean"]) * (-1 if column in LOWER_IS_BETTER else 1)
+    return better, (one[column]["interval"] ** 2 + other[column]["interval"] ** 2) ** 0.5
+
+
 def verdict(claim: Claim, rows: Mapping[str, Mapping[str, Any]]) -> tuple[float, float, str]:
-    """How much better (negative: worse) the method is, half of the interval of that, and what it says of the claim."""
-    one, other = rows[claim.method][claim.column], rows[claim.against][claim.column]
-    better = (one["mean"] - other["mean"]) * (-1 if claim.column in LOWER_IS_BETTER else 1)
-    half = (one["interval"] ** 2 + other["interval"] ** 2) ** 0.5
+    """The difference, half of its interval, and what it says of the claim."""
+    better, half = difference(rows[claim.method], rows[claim.against], claim.column)
     if abs(better) <= half:
         return better, half, "no difference seen"
     return better, half, "holds" if better > 0 else "does not hold"
@@ -94,4 +99,17 @@ def claims_table(result: Mapping[str, Any]) -> str:
                 f"| {claim.what} | {claim.source} | `{claim.method}`, `{claim.against}` | {claim.column} | "
                 f"{better:+.3f} ± {half:.3f} | {says} |"
             )
+    return "\n".join(lines)
+
+
+def leaders_table(result: Mapping[str, Any]) -> str:
+    """The best method of every column that has a best, and those that cannot be told from it, as a Markdown table."""
+    rows = result["methods"]
+    lines = ["| column | best | cannot be told from it |", "|---|---|---|"]
+    for column in ("after", "changed", "kept", "end", "drift", "repetition"):
+        best = max(rows, key=lambda row: difference(row, rows[0], column)[0])
+        others = [row for row in rows if row is not best]
+        close = [f"`{row['method']}`" for row in others if -(d := difference(row, best, column))[0] <= d[1]]
+        mean = best[column]["mean"]
+        lines.append(f"| {column} | `{best['method']}` ({mean:.3f}) | {', '.join(close) or '-'} |")
     return "\n".join(lines)

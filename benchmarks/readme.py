@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import evaluation_pages
-from benchmarks.claims import claims_table
+from benchmarks.claims import claims_table, leaders_table
 from streamvid.evaluation import method_table
 from streamvid.evaluation.adherence import table
 
@@ -100,6 +100,10 @@ def method_lines() -> str:
             "judged by its probe: where a claim does not hold here, it does not hold at this scale.",
             "",
             claims_table(result),
+            "",
+            "Who leads, where more or less is better:",
+            "",
+            leaders_table(result),
         ]
     )
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import readme
-from benchmarks.claims import CLAIMS, Claim, claims_table, verdict
+from benchmarks.claims import CLAIMS, Claim, claims_table, leaders_table, verdict
 from streamvid.evaluation.method_table import COLUMNS
 from streamvid.methods import method_names
 
@@ -48,6 +48,14 @@ def test_claims_of_methods_that_were_not_measured_are_left_out():
     assert "Reward Forcing" not in text
 
 
+def test_leaders_and_who_cannot_be_told_from_them():
+    rows = row("a", end=0.9, drift=4.0), row("b", end=0.87, drift=2.0), row("c", end=0.8, drift=4.0)
+    table = leaders_table(made(*rows)).splitlines()
+    assert "| end | `a` (0.900) | `b` |" in table  # 0.042 is the half-width of a difference
+    assert "| drift | `b` (2.000) | - |" in table
+    assert "| kept | `a` (0.500) | `b`, `c` |" in table
+
+
 def test_the_table_goes_into_the_documentation(tmp_path, monkeypatch):
     page, stored = tmp_path / "methods.md", tmp_path / "method_table.json"
     page.write_text("before\n<!-- methods:start -->\nstale\n<!-- methods:end -->\nafter\n")
@@ -59,4 +67,5 @@ def test_the_table_goes_into_the_documentation(tmp_path, monkeypatch):
         "before\n<!-- methods:start -->\ndiorama, 7 held-out prompts, seeds [0, 1]: 14 videos of 60 s"
     )
     assert "| longlive | 0.500 ± 0.030 | 0.500 ± 0.030 | 0.910 ± 0.030 |" in text and "| 80 | 1.50 |" in text
+    assert "| end | `longlive` (0.910) | - |" in text
     assert "stale" not in text and text.endswith("<!-- methods:end -->\nafter\n")
