@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from streamvid.kernels.libraries import found
 
 from streamvid.errors import UserError
-from streamvid.rope import Rotation
+from streamvid.rope import Rotation, rotate
 
 
 class Part(NamedTuple):
@@ -29,6 +30,7 @@ class Part(NamedTuple):
             empty ones allowed (so that a captured graph may keep N).
         frame_tokens: tokens of a frame; frame f of the buffer is its tokens from `f * frame_tokens` on.
         bias: float32 `[frames]` or `[B, frames]` in the buffer's order, added to the scores: log-bias, logarithm of a decay.
+        gain: the same, multiplies the scores before (UltraViCo's decay of far frames).
         phase: turns the keys of every frame on load: cosine and sine, each float32 `[frames, 1 or H, D / 2]`.
         k_scale, v_scale: float32 `[B, S, H, 1]`, what the stored numbers are multiplied with (streamvid.kv_storage.Scaled).
     """
@@ -41,6 +43,7 @@ class Part(NamedTuple):
     phase: Rotation | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
 
 
 class Attended(NamedTuple):
@@ -49,8 +52,7 @@ class Attended(NamedTuple):
     Attributes:
         out_BLHD: of the queries' dtype; zero where nothing was attended.
         lse_BHL: float32, logarithm of the sum of exponentials of the scaled scores (natural; -inf over nothing).
-        importance: of each part `[B, S]`, where asked for: the product of every attended key with the given queries, over
-            all heads (`streamvid.compression.summed_importance`); zero for keys that are not attended.
+        importance: where asked for, `key_importance`.
     """
 
     out_BLHD: torch.Tensor
@@ -71,17 +73,51 @@ def windowed_attention(
         backend: reference or triton.
 
     Raises:
-        UserError: a backend of another name, or a part that does not fit the queries.
+        UserError: a backend of another name, or what it cannot do, or a part that does not fit the queries.
     """
     for part in parts:
         _check(q_BLHD, part)
-    if backend == "reference":
-        return reference(q_BLHD, parts, importance_BHD)
-    if backend == "triton":
-        from streamvid.kernels.windowed_triton import attend
+    attended = _implementation(backend, q_BLHD).attend(q_BLHD, parts)
+    if importance_BHD is None:
+        return attended
+    return attended._replace(importance=key_importance(importance_BHD, parts, backend))
 
-        return attend(q_BLHD, parts, importance_BHD)
-    raise UserError(f"windowed attention backend = {backend!r} is not known: choose reference or triton")
+
+def key_importance(
+    queries_BHD: torch.Tensor, parts: Sequence[Part], backend: str = "reference"
+) -> list[torch.Tensor]:
+    """Product of every attended key with the given queries, over all heads, float32 `[B, S]` of each part.
+
+    This is what participative compression ranks tokens by (`streamvid.compression.summed_importance`). Bias and gain do not
+    count; zero for keys that are not attended.
+    """
+    for part in parts:
+        _check(queries_BHD[:, None], part)
+    return _implementation(backend, queries_BHD).importance(queries_BHD, parts)
+
+
+def _implementation(backend: str, queries: torch.Tensor) -> Any:
+    """Functions `attend` and `importance`."""
+    if backend == "reference":
+        return SimpleNamespace(attend=reference, importance=reference_importance)
+    if backend != "triton":
+        raise UserError(f"windowed attention backend = {backend!r} is not known: choose reference or triton")
+    reason = kernel_refuses(queries)
+    if reason:
+        raise UserError(f"windowed attention backend = triton {reason}: choose reference")
+    from streamvid.kernels import windowed_triton
+
+    return windowed_triton
+
+
+def kernel_refuses(*tensors: torch.Tensor) -> str | None:
+    """Why the kernel cannot take these queries (or queries, keys and values), or None."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "has no gradient"
+    q = tensors[0]
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32, bfloat16 or float16, not in {str(q.dtype).removeprefix('torch.')}"
+    return None if q.shape[-1] <= 128 else f"has heads of at most 128 channels, not {q.shape[-1]}"
 
 
 def _check(q_BLHD: torch.Tensor, part: Part) -> None:
@@ -112,35 +148,55 @@ def alive(part: Part) -> torch.Tensor:
     return ((token >= first) & (token < first + count)).any(1)
 
 
-def reference(
-    q_BLHD: torch.Tensor, parts: Sequence[Part], importance_BHD: torch.Tensor | None = None
-) -> Attended:
+def reference(q_BLHD: torch.Tensor, parts: Sequence[Part]) -> Attended:
     """The same in PyTorch: all scores written out, in float32 (float64 queries: in float64)."""
     precise = torch.promote_types(q_BLHD.dtype, torch.float32)
-    scores, values, importance = [], [], []
+    query = q_BLHD.to(precise) * q_BLHD.shape[-1] ** -0.5
+    scores, values = [], []
     for part in parts:
-        key, value = part.k_BSHD.to(precise), part.v_BSHD.to(precise)
-        if part.k_scale is not None and part.v_scale is not None:
-            key, value = key * part.k_scale, value * part.v_scale
-        if part.phase is not None:
-            cos, sin = (x.repeat_interleave(part.frame_tokens, 0)[: key.shape[1]] for x in part.phase)
-            even, odd = key.unflatten(-1, (-1, 2)).unbind(-1)
-            key = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
-        there = alive(part)
-        score = torch.einsum("blhd,bshd->bhls", q_BLHD.to(precise), key) * q_BLHD.shape[-1] ** -0.5
+        value = part.v_BSHD.to(precise)
+        values.append(value if part.v_scale is None else value * part.v_scale)
+        score = torch.einsum("blhd,bshd->bhls", query, _keys(part, precise))
+        if part.gain is not None:
+            score = score * _per_token(part.gain, part)
         if part.bias is not None:
-            bias = part.bias if part.bias.ndim == 2 else part.bias[None]
-            score = score + bias.repeat_interleave(part.frame_tokens, 1)[:, None, None, : key.shape[1]]
-        scores.append(score.masked_fill(~there[:, None, None], float("-inf")))
-        values.append(value)
-        if importance_BHD is not None:
-            products = torch.einsum("bhd,bshd->bs", importance_BHD.to(precise), key)
-            importance.append(products.masked_fill(~there, 0.0))
+            score = score + _per_token(part.bias, part)
+        scores.append(score.masked_fill(~alive(part)[:, None, None], float("-inf")))
+    if not parts:
+        nothing = query.new_full(q_BLHD.shape[:3], float("-inf"), dtype=torch.float32).transpose(1, 2)
+        return Attended(torch.zeros_like(q_BLHD), nothing)
     joined = torch.cat(scores, -1)
     lse = joined.logsumexp(-1)
     weights = (joined - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
     out = torch.einsum("bhls,bshd->blhd", weights, torch.cat(values, 1))
-    return Attended(out.to(q_BLHD.dtype), lse, importance if importance_BHD is not None else None)
+    return Attended(out.to(q_BLHD.dtype), lse)
+
+
+def reference_importance(queries_BHD: torch.Tensor, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """`key_importance` in PyTorch."""
+    precise = torch.promote_types(queries_BHD.dtype, torch.float32)
+    return [
+        torch.einsum("bhd,bshd->bs", queries_BHD.to(precise), _keys(part, precise)).masked_fill(
+            ~alive(part), 0
+        )
+        for part in parts
+    ]
+
+
+def _keys(part: Part, dtype: torch.dtype) -> torch.Tensor:
+    """Decoded and turned, `[B, S, H, D]`."""
+    key = part.k_BSHD.to(dtype)
+    if part.k_scale is not None:
+        key = key * part.k_scale
+    if part.phase is not None:
+        key = rotate(key, Rotation(*(_per_token(x, part, 0) for x in part.phase)))
+    return key
+
+
+def _per_token(of_frames: torch.Tensor, part: Part, axis: int = -1) -> torch.Tensor:
+    """Numbers of frames `[frames, ...]` for every token; those of the last axis `[1 or B, 1, 1, S]`."""
+    rows = of_frames.repeat_interleave(part.frame_tokens, axis).narrow(axis, 0, part.k_BSHD.shape[1])
+    return rows if axis == 0 else rows.view(-1, 1, 1, rows.shape[-1])
 
 
 def merge(parts: Sequence[Attended]) -> Attended:
@@ -170,11 +226,9 @@ def dense(q_BLHD, k_BLHD, v_BLHD, mask=None) -> torch.Tensor:
 
 
 def dense_refuses(q, k, v, mask=None) -> str | None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "has no gradient"
     if mask is not None and any(size != 1 for size in mask.shape[:-1][-2:]):
         return "cannot attend with a mask that differs between queries or heads"
-    return None if q.shape[-1] <= 128 else f"has heads of at most 128 channels, not {q.shape[-1]}"
+    return kernel_refuses(q, k, v)
 
 
 def dense_missing() -> str | None:

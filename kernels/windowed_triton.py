@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -54,70 +55,51 @@ def rounded(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _step(
-    acc,
-    top,
-    total,
-    q,
-    wanted,
-    tokens,
-    valid,
-    k,
-    v,
-    k_scale,
-    v_scale,
-    cos,
-    sin,
-    bias,
-    importance,
-    stride_kl,
-    stride_vl,
-    stride_sl,
-    stride_cf,
-    frame_tokens,
-    D,
-    log2_scale,
-    scores_keys,
-    DTYPE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROTATED: tl.constexpr,
-    BIASED: tl.constexpr,
-    IMPORTANCE: tl.constexpr,
-    EMULATE: tl.constexpr,
-):
-    """One tile of keys: the running maximum `top` (base 2), sum `total` and unnormalised output `acc`."""
+def _key(
+    k, tokens, frame, inside, cos, sin, stride_kl, stride_cf, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTATED: tl.constexpr
+):  # fmt: skip
+    """Some keys of one head as they are stored, or turned in float32."""
     d = tl.arange(0, BLOCK_D)
-    inside = valid[:, None] & (d < D)[None, :]
-    key = tl.load(k + tokens[:, None] * stride_kl + d[None, :], mask=inside, other=0.0)
-    value = tl.load(v + tokens[:, None] * stride_vl + d[None, :], mask=inside, other=0.0)
-    frame = tokens // frame_tokens
+    row = tokens.to(tl.int64)[:, None] * stride_kl
+    key = tl.load(k + row + d[None, :], mask=inside, other=0.0)
     if ROTATED:
-        partner = tl.load(k + tokens[:, None] * stride_kl + (d ^ 1)[None, :], mask=inside, other=0.0)
+        partner = tl.load(k + row + (d ^ 1)[None, :], mask=inside, other=0.0)
         at = frame[:, None] * stride_cf + (d // 2)[None, :]
         c = tl.load(cos + at, mask=inside, other=0.0)
         s = tl.load(sin + at, mask=inside, other=0.0)
         s = tl.where((d % 2 == 0)[None, :], -s, s)
         key = key.to(tl.float32) * c + partner.to(tl.float32) * s
+    return key
+
+
+@triton.jit
+def _step(
+    acc, top, total, q, tokens, valid, k, v, k_scale, v_scale, cos, sin, bias, gain,
+    stride_kl, stride_vl, stride_sl, stride_cf, frame_tokens, log2_scale,
+    DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, SCALED: tl.constexpr,
+    ROTATED: tl.constexpr, BIASED: tl.constexpr, GAINED: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: the running maximum `top` (base 2), sum `total` and unnormalised output `acc`."""
+    d = tl.arange(0, BLOCK_D)
+    inside = valid[:, None] & (d < D)[None, :]
+    frame = tokens // frame_tokens
+    key = _key(k, tokens, frame, inside, cos, sin, stride_kl, stride_cf, D, BLOCK_D, ROTATED)
+    value = tl.load(v + tokens.to(tl.int64)[:, None] * stride_vl + d[None, :], mask=inside, other=0.0)
     if SCALED:
-        value = value.to(tl.float32) * tl.load(v_scale + tokens * stride_sl, mask=valid, other=0.0)[:, None]
+        at = tokens * stride_sl
+        value = value.to(tl.float32) * tl.load(v_scale + at, mask=valid, other=0.0)[:, None]
     if ROTATED or SCALED or EMULATE:
         key = rounded(key.to(tl.float32), DTYPE, EMULATE)
         value = rounded(value.to(tl.float32), DTYPE, EMULATE)
     scores = tl.dot(q, tl.trans(key), input_precision="ieee") * log2_scale
     if SCALED:
-        by = tl.load(k_scale + tokens * stride_sl, mask=valid, other=0.0)
-        scores *= by[None, :]
-    if IMPORTANCE:  # noqa: SIM102 (the outer one is decided in compilation)
-        if scores_keys:
-            product = tl.sum(key.to(tl.float32) * wanted[None, :], 1)
-            if SCALED:
-                product *= by
-            tl.store(importance + tokens, product, mask=valid)
+        scores *= tl.load(k_scale + at, mask=valid, other=0.0)[None, :]
+    if GAINED:
+        scores *= tl.load(gain + frame, mask=valid, other=0.0)[None, :]
     if BIASED:
-        added = tl.load(bias + frame, mask=valid, other=0.0) * 1.4426950408889634
-        scores += added[None, :]
-    scores = tl.where(valid[None, :], scores, float("-inf"))
+        scores += (tl.load(bias + frame, mask=valid, other=0.0) * 1.4426950408889634)[None, :]
+    if TAIL:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: no infinity minus infinity
     weights = tl.exp2(scores - finite[:, None])
@@ -130,53 +112,14 @@ def _step(
 
 @triton.jit
 def window_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    before,
-    runs,
-    k_scale,
-    v_scale,
-    cos,
-    sin,
-    bias,
-    wanted,
-    importance,
-    stride_qb,
-    stride_ql,
-    stride_qh,
-    stride_kb,
-    stride_kl,
-    stride_kh,
-    stride_vb,
-    stride_vl,
-    stride_vh,
-    stride_sb,
-    stride_sl,
-    stride_sh,
-    stride_rb,
-    stride_bb,
-    stride_cf,
-    stride_ch,
-    queries,
-    stored,
-    run_count,
-    frame_tokens,
-    log2_scale,
-    D,
-    HEADS: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROTATED: tl.constexpr,
-    BIASED: tl.constexpr,
-    IMPORTANCE: tl.constexpr,
-    CONTINUED: tl.constexpr,
-    EMULATE: tl.constexpr,
-):
+    q, k, v, out, lse, before, runs, k_scale, v_scale, cos, sin, bias, gain,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
+    stride_sb, stride_sl, stride_sh, stride_rb, stride_bb, stride_gb, stride_cf, stride_ch,
+    queries, run_count, frame_tokens, log2_scale,
+    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALED: tl.constexpr, ROTATED: tl.constexpr, BIASED: tl.constexpr, GAINED: tl.constexpr,
+    CONTINUED: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
     """A tile of queries of one head. `before` and `out` are contiguous `[B, L, H, D]`, `lse` is `[B, H, L]`."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     b = (tl.program_id(1) // HEADS).to(tl.int64)
@@ -196,10 +139,8 @@ def window_kernel(
     cos += h * stride_ch
     sin += h * stride_ch
     bias += b * stride_bb
+    gain += b * stride_gb
     runs += b * stride_rb
-    importance += (b * HEADS + h) * stored
-    wanted_row = tl.load(wanted + (b * HEADS + h) * D + d, mask=d < D, other=0.0) if IMPORTANCE else d
-    scores_keys = tl.program_id(0) == 0  # one program of a head is enough
     lse_at = lse + (b * HEADS + h) * queries + rows
     out_at = (b * queries + rows[:, None]) * (HEADS * D) + h * D + d[None, :]
     if CONTINUED:
@@ -213,14 +154,16 @@ def window_kernel(
     for run in range(run_count):
         first = tl.load(runs + 2 * run)
         count = tl.load(runs + 2 * run + 1)
-        for start in range(0, count, BLOCK_S):
-            column = start + tl.arange(0, BLOCK_S)
-            acc, top, total = _step(
-                acc, top, total, q_tile, wanted_row, first + column, column < count,
-                k, v, k_scale, v_scale, cos, sin, bias, importance,
-                stride_kl, stride_vl, stride_sl, stride_cf, frame_tokens, D, log2_scale, scores_keys,
-                DTYPE, BLOCK_D, SCALED, ROTATED, BIASED, IMPORTANCE, EMULATE,
-            )  # fmt: skip
+        whole = count // BLOCK_S * BLOCK_S
+        for TAIL in tl.static_range(2):  # tiles that are full ask no question of their keys
+            for start in range(whole * TAIL, whole + (count - whole) * TAIL, BLOCK_S):
+                column = start + tl.arange(0, BLOCK_S)
+                valid = column < count if TAIL else tl.full([BLOCK_S], True, tl.int1)
+                acc, top, total = _step(
+                    acc, top, total, q_tile, first + column, valid, k, v, k_scale, v_scale, cos, sin, bias, gain,
+                    stride_kl, stride_vl, stride_sl, stride_cf, frame_tokens, log2_scale,
+                    DTYPE, D, BLOCK_D, TAIL, SCALED, ROTATED, BIASED, GAINED, EMULATE,
+                )  # fmt: skip
     nothing = total == 0.0
     share = acc / tl.where(nothing, 1.0, total)[:, None]
     tl.store(out + out_at, rounded(share, out.dtype.element_ty, EMULATE), mask=inside)
@@ -230,89 +173,130 @@ def window_kernel(
     tl.store(lse_at, sums, mask=rows < queries)
 
 
-def attend(
-    q_BLHD: torch.Tensor,
-    parts: Sequence[Part],
-    importance_BHD: torch.Tensor | None = None,
-    tiles: Tile | None = None,
-) -> Attended:
-    """`streamvid.kernels.windowed.windowed_attention`, one launch per part."""
+@triton.jit
+def importance_kernel(
+    wanted, k, runs, k_scale, cos, sin, importance,
+    stride_kb, stride_kl, stride_kh, stride_sb, stride_sl, stride_sh, stride_rb, stride_cf, stride_ch,
+    stored, run_count, frame_tokens,
+    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALED: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """Some tiles of keys of one video, every run dealt out among the programs. `wanted` is `[B, H, D]`."""
+    b = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    for run in range(run_count):
+        first = tl.load(runs + b * stride_rb + 2 * run)
+        count = tl.load(runs + b * stride_rb + 2 * run + 1)
+        for start in range(tl.program_id(0) * BLOCK_S, count, tl.num_programs(0) * BLOCK_S):
+            column = start + tl.arange(0, BLOCK_S)
+            valid = column < count
+            tokens = first + column
+            inside = valid[:, None] & (d < D)[None, :]
+            product = tl.zeros([BLOCK_S], tl.float32)
+            for h in range(HEADS):
+                key = _key(
+                    k + b * stride_kb + h * stride_kh, tokens, tokens // frame_tokens, inside,
+                    cos + h * stride_ch, sin + h * stride_ch, stride_kl, stride_cf, D, BLOCK_D, ROTATED,
+                )  # fmt: skip
+                row = tl.load(wanted + (b * HEADS + h) * D + d, mask=d < D, other=0.0)
+                of_head = tl.sum(key.to(tl.float32) * row[None, :], 1)
+                if SCALED:
+                    at = k_scale + b * stride_sb + h * stride_sh + tokens * stride_sl
+                    of_head *= tl.load(at, mask=valid, other=0.0)
+                product += of_head
+            tl.store(importance + b * stored + tokens, product, mask=valid)
+
+
+def attend(q_BLHD: torch.Tensor, parts: Sequence[Part], tiles: Tile | None = None) -> Attended:
+    """`streamvid.kernels.windowed.windowed_attention`, one launch per part, each going on from the one before."""
     batch, queries, heads, _ = q_BLHD.shape
     q_BLHD = _rows(q_BLHD)
     lse = q_BLHD.new_full((batch, heads, queries), float("-inf"), dtype=torch.float32)
-    out = torch.zeros_like(q_BLHD, memory_format=torch.contiguous_format) if not parts else q_BLHD
-    scored = []
+    out = torch.zeros(q_BLHD.shape, dtype=q_BLHD.dtype, device=q_BLHD.device) if not parts else q_BLHD
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        before = out
-        out = q_BLHD.new_empty(q_BLHD.shape, dtype=q_BLHD.dtype if last else torch.float32)
-        importance = None
-        if importance_BHD is not None:
-            importance = lse.new_zeros(batch, heads, part.k_BSHD.shape[1])
-        _launch(q_BLHD, part, out, lse, before, index > 0, importance_BHD, importance, tiles)
-        if importance is not None:
-            scored.append(importance.sum(1))
-    return Attended(out, lse, scored if importance_BHD is not None else None)
+        before, out = (
+            out,
+            q_BLHD.new_empty(q_BLHD.shape, dtype=q_BLHD.dtype if last else torch.float32),
+        )
+        _attend_part(q_BLHD, part, out, lse, before, index > 0, tiles or tile(q_BLHD.shape[-1], q_BLHD.dtype))
+    return Attended(out, lse)
+
+
+def _attend_part(q, part: Part, out, lse, before, continued: bool, step: Tile) -> None:
+    batch, queries, heads, dim = q.shape
+    k, v, facts = _rows(part.k_BSHD), _rows(part.v_BSHD), _facts(part, lse)
+    bias, gain = (lse if x is None else x for x in (part.bias, part.gain))
+    with device_of(q):
+        window_kernel[triton.cdiv(queries, step.queries), batch * heads](
+            q, k, v, out, lse, before, facts.runs, facts.k_scale, facts.v_scale, facts.cos, facts.sin, bias, gain,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *facts.k_scale.stride()[:3], facts.stride_rb,
+            _batch_stride(part.bias), _batch_stride(part.gain), facts.cos.stride(0), facts.stride_ch,
+            queries, facts.runs.shape[-2], part.frame_tokens, dim**-0.5 * 1.4426950408889634,
+            D=dim, HEADS=heads, BLOCK_L=step.queries, BLOCK_S=step.keys, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            SCALED=part.k_scale is not None, ROTATED=part.phase is not None, BIASED=part.bias is not None,
+            GAINED=part.gain is not None, CONTINUED=continued, EMULATE=INTERPRETED,
+            num_warps=step.warps, num_stages=step.stages,
+        )  # fmt: skip
+
+
+def importance(queries_BHD: torch.Tensor, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """`streamvid.kernels.windowed.key_importance`, one launch per part."""
+    batch, heads, dim = queries_BHD.shape
+    wanted, found = queries_BHD.float().contiguous(), []
+    for part in parts:
+        k, facts = _rows(part.k_BSHD), _facts(part, wanted)
+        products = wanted.new_zeros(batch, k.shape[1])
+        tiles = triton.cdiv(k.shape[1], 32)
+        with device_of(wanted):
+            importance_kernel[1 if INTERPRETED else tiles, batch](
+                wanted, k, facts.runs, facts.k_scale, facts.cos, facts.sin, products,
+                *k.stride()[:3], *facts.k_scale.stride()[:3], facts.stride_rb, facts.cos.stride(0), facts.stride_ch,
+                k.shape[1], facts.runs.shape[-2], part.frame_tokens, D=dim, HEADS=heads, BLOCK_S=32,
+                BLOCK_D=max(16, triton.next_power_of_2(dim)), SCALED=part.k_scale is not None,
+                ROTATED=part.phase is not None,
+            )  # fmt: skip
+        found.append(products)
+    return found
+
+
+class _Facts(NamedTuple):
+    """Of a part, as both kernels read it; tensors that are not there have a stand-in that is not read."""
+
+    runs: torch.Tensor
+    stride_rb: int
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    stride_ch: int
+
+
+def _facts(part: Part, stand_in: torch.Tensor) -> _Facts:
+    runs = part.runs.contiguous()
+    k_scale, v_scale = part.k_scale, part.v_scale
+    if k_scale is None or v_scale is None:
+        k_scale = v_scale = stand_in[..., None]
+    elif k_scale.stride() != v_scale.stride():
+        k_scale, v_scale = k_scale.contiguous(), v_scale.contiguous()
+    cos = sin = stand_in
+    turns = False  # whether heads turn differently
+    if part.phase is not None:
+        cos, sin = (x.contiguous() for x in part.phase)
+        turns = cos.shape[1] > 1
+    by_video = runs.stride(0) if runs.ndim == 3 else 0
+    return _Facts(runs, by_video, k_scale, v_scale, cos, sin, cos.stride(1) if turns else 0)
+
+
+def _batch_stride(rows: torch.Tensor | None) -> int:
+    return rows.stride(0) if rows is not None and rows.ndim == 2 else 0
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """With neighbouring channels in memory, as the kernel reads them."""
+    """With neighbouring channels in memory, as the kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(q, part: Part, out, lse, before, continued: bool, wanted, importance, tiles: Tile | None) -> None:
-    batch, queries, heads, dim = q.shape
-    k, v = _rows(part.k_BSHD), _rows(part.v_BSHD)
-    scaled, rotated, biased = part.k_scale is not None, part.phase is not None, part.bias is not None
-    k_scale, v_scale = (part.k_scale, part.v_scale) if scaled else (lse[..., None], lse[..., None])
-    if scaled and k_scale.stride() != v_scale.stride():
-        k_scale, v_scale = k_scale.contiguous(), v_scale.contiguous()
-    cos, sin = (x.contiguous() for x in part.phase) if rotated else (lse, lse)
-    turns = heads == 1 or (rotated and cos.shape[1] > 1)  # whether heads turn differently
-    bias = part.bias if biased else lse
-    runs = part.runs.contiguous()
-    step = tiles or tile(dim, q.dtype)
-    grid = (triton.cdiv(queries, step.queries), batch * heads)
-    with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
-        window_kernel[grid](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            before,
-            runs,
-            k_scale,
-            v_scale,
-            cos,
-            sin,
-            bias,
-            lse if wanted is None else wanted.float().contiguous(),
-            lse if importance is None else importance,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *k_scale.stride()[:3],
-            runs.stride(0) if runs.ndim == 3 else 0,
-            bias.stride(0) if biased and bias.ndim == 2 else 0,
-            cos.stride(0),
-            cos.stride(1) if turns else 0,
-            queries,
-            k.shape[1],
-            runs.shape[-2],
-            part.frame_tokens,
-            dim**-0.5 * 1.4426950408889634,
-            dim,
-            HEADS=heads,
-            BLOCK_L=step.queries,
-            BLOCK_S=step.keys,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
-            SCALED=scaled,
-            ROTATED=rotated,
-            BIASED=biased,
-            IMPORTANCE=wanted is not None,
-            CONTINUED=continued,
-            EMULATE=INTERPRETED,
-            num_warps=step.warps,
-            num_stages=step.stages,
-        )
+def device_of(x: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

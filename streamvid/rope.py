@@ -100,7 +100,8 @@ def rotation(
 
 
 def rotate(x_BLHD: torch.Tensor, by: Rotation) -> torch.Tensor:
-    """Rotate adjacent channel pairs of `x`; computed in float32, returned in the dtype of `x`."""
-    pairs = torch.view_as_complex(x_BLHD.float().unflatten(-1, (-1, 2)))
+    """Rotate adjacent channel pairs of `x`; computed in float32 (float64 in float64), returned in the dtype of `x`."""
+    precise = torch.promote_types(x_BLHD.dtype, torch.float32)
+    pairs = torch.view_as_complex(x_BLHD.to(precise).unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * torch.complex(by.cos, by.sin))
     return turned.flatten(-2).to(x_BLHD.dtype)

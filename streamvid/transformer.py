@@ -20,11 +20,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from streamvid.kernels.attention import AttentionFunction, attention_backend
+from streamvid.kernels.companions import PLAIN, companions, rms_norm
 from streamvid.rope import rotate, rotation
 
 
 class AttentionContext(Protocol):
-    """What the self-attention of every layer runs against."""
+    """What the self-attention of every layer runs against.
+
+    It may have more: `companions`, the functions around attention (streamvid.kernels.companions) that the forward is to use,
+    and `attend_projected`, which takes queries, keys and values `[B, L, C]` as they are projected, with their norms.
+    """
 
     def attend(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
@@ -46,6 +51,7 @@ class FullAttention:
     def __init__(self, frames: int, height: int, width: int, head_dim: int, device, backend: str = "auto"):
         self.rotation = rotation(range(frames), height, width, head_dim, device)
         self.attention = attention_backend(backend)
+        self.companions = companions(backend, device)
 
     def attend(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
@@ -62,7 +68,7 @@ class WanRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.eps) * self.weight
 
 
 class WanAttention(nn.Module):
@@ -123,9 +129,9 @@ class CausalWanBlock(nn.Module):
             self.scale_shift_table + modulation_BF6C
         ).unbind(2)
 
-        y = modulate(self.norm1(x_BLC), shift_sa, scale_sa)
-        attended = context.attend(self.layer, self.attn1.query(y), *self.attn1.key_value(y))
-        x_BLC = x_BLC + gate(self.attn1.project(attended), gate_sa)
+        fused = getattr(context, "companions", PLAIN)
+        y = fused.modulated_norm(x_BLC, shift_sa, scale_sa, self.norm1.eps)
+        x_BLC = fused.gated_sum(x_BLC, self.attn1.project(self._attend(context, y)), gate_sa)
 
         # prompts may differ along the sequence: N equal groups of frames, each with its own text
         groups = prompt_key.shape[0] // x_BLC.shape[0]
@@ -134,19 +140,18 @@ class CausalWanBlock(nn.Module):
         attended = attention(q, prompt_key, prompt_value).unflatten(0, (-1, groups)).flatten(1, 2)
         x_BLC = x_BLC + self.attn2.project(attended)
 
-        y = modulate(self.norm3(x_BLC), shift_ff, scale_ff)
-        return x_BLC + gate(self.ffn(y), gate_ff)
+        y = fused.modulated_norm(x_BLC, shift_ff, scale_ff, self.norm3.eps)
+        return fused.gated_sum(x_BLC, self.ffn(y), gate_ff)
 
-
-def modulate(x_BLC: torch.Tensor, shift_BFC: torch.Tensor, scale_BFC: torch.Tensor) -> torch.Tensor:
-    """`x * (1 + scale) + shift` with one shift and scale per latent frame."""
-    x = x_BLC.unflatten(1, (shift_BFC.shape[1], -1))
-    return (x * (1 + scale_BFC[:, :, None]) + shift_BFC[:, :, None]).flatten(1, 2)
-
-
-def gate(x_BLC: torch.Tensor, gate_BFC: torch.Tensor) -> torch.Tensor:
-    """`x * gate` with one gate per latent frame."""
-    return (x_BLC.unflatten(1, (gate_BFC.shape[1], -1)) * gate_BFC[:, :, None]).flatten(1, 2)
+    def _attend(self, context: AttentionContext, y_BLC: torch.Tensor) -> torch.Tensor:
+        """Self-attention of the block's tokens, `[B, L, H, D]`."""
+        attn = self.attn1
+        projected = getattr(context, "attend_projected", None)
+        if projected is None:
+            return context.attend(self.layer, attn.query(y_BLC), *attn.key_value(y_BLC))
+        return projected(
+            self.layer, attn.to_q(y_BLC), attn.to_k(y_BLC), attn.to_v(y_BLC), attn.norm_q, attn.norm_k
+        )
 
 
 class ConditionEmbedder(nn.Module):
@@ -297,7 +302,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
                 x = block(x, modulation, key, value, context, attention)
 
         shift, scale = (self.scale_shift_table + embedding[:, :, None]).unbind(2)
-        x = self.proj_out(modulate(self.norm_out(x), shift, scale))
+        fused = getattr(context, "companions", PLAIN)
+        x = self.proj_out(fused.modulated_norm(x, shift, scale, self.norm_out.eps))
         sample = self._unpatchify(x, frames, rows, columns)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

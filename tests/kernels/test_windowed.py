@@ -37,14 +37,14 @@ def phase(seed: int, frames: int, heads: int, dim: int) -> Rotation:
     return Rotation(angle.cos(), angle.sin())
 
 
-def exact(q, parts, importance=None):
+def exact(q, parts):
     """The twin in float64, from the very numbers that are stored."""
 
     def wide(x):
         return x.double() if x.dtype.itemsize > 1 else x
 
     wider = [part._replace(k_BSHD=wide(part.k_BSHD), v_BSHD=wide(part.v_BSHD)) for part in parts]
-    return reference(q.double(), wider, None if importance is None else importance.double())
+    return reference(q.double(), wider)
 
 
 Q = normal(0, 2, 7, H, D)
@@ -73,6 +73,13 @@ def test_a_bias_counts_frames_and_a_dead_frame_is_absent(backend):
     bias[0] = float("-inf")
     got = windowed_attention(Q, [PLAIN._replace(bias=bias)], backend=backend).out_BLHD
     torch.testing.assert_close(got, sdpa(Q, K[:, counted[T:]], V[:, counted[T:]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gain_is_that_of_the_keys(backend):
+    gain = torch.tensor([1.0, 0.5, 0.0, 2.0], device=DEVICE)
+    got = windowed_attention(Q, [PLAIN._replace(gain=gain)], backend=backend).out_BLHD
+    torch.testing.assert_close(got, sdpa(Q, K * gain.repeat_interleave(T)[:, None, None], V))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,12 +139,14 @@ SHAPES = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 2),
         "heads": st.integers(1, 2),
-        "dim": st.sampled_from([16, 20, 40, 64, 96, 128]),
+        "dim": st.sampled_from([16, 20, 40, 64, 80, 96, 128]),
         "queries": st.integers(1, 40),
         "frame": st.integers(1, 17),
         "frames": st.integers(1, 4),
         "kv": st.sampled_from(["native", "int8", "fp8"]),
         "bias": st.booleans(),
+        "gain": st.booleans(),
+        "ragged": st.booleans(),
         "phase": st.sampled_from([0, 1, 2]),
         "own": st.booleans(),
         "dead": st.integers(0, 3),
@@ -164,8 +173,14 @@ def window(s: dict, dtype: torch.dtype) -> tuple[torch.Tensor, list[Part]]:
         s["frame"],
         normal(3, s["frames"]) if s["bias"] else None,
         phase(4, s["frames"], turned, s["dim"]) if turned else None,
+        gain=normal(7, s["frames"]).sigmoid() if s["gain"] else None,
         **scales,
     )
+    if s["ragged"]:  # the last video sees less: tokens of the first run only, and not all of them
+        every = part.runs.repeat(s["batch"], 1, 1)
+        every[-1, 1:, 1] = 0
+        every[-1, 0, 1] = (s["frame"] + 1) // 2
+        part = part._replace(runs=every)
     own = (s["batch"], s["queries"], s["heads"], s["dim"])
     block = Part(normal(5, *own).to(dtype), normal(6, *own).to(dtype), runs((0, s["queries"])))
     return q, [part, block] if s["own"] else [part]
@@ -178,6 +193,9 @@ def test_float32_is_within_1e_5_for_any_shape_and_option(shape):
     got, expected = windowed_attention(q, parts, backend="triton"), exact(q, parts)
     assert (got.out_BLHD - expected.out_BLHD).abs().amax() < 1e-5
     assert (got.lse_BHL - expected.lse_BHL).abs().amax() < 1e-5
+    merged = merge([windowed_attention(q, [part], backend="triton") for part in parts])
+    assert (merged.out_BLHD - expected.out_BLHD).abs().amax() < 1e-5
+    assert (merged.lse_BHL - expected.lse_BHL).abs().amax() < 1e-5
 
 
 @settings(max_examples=8)
@@ -195,14 +213,16 @@ def test_half_precision_is_within_twice_the_error_of_sdpa(shape, dtype):
             k, v = k * part.k_scale, v * part.v_scale
         if part.phase is not None:
             k = rotate(k, Rotation(*(x.repeat_interleave(part.frame_tokens, 0) for x in part.phase)))
+        if part.gain is not None:
+            k = k * part.gain.repeat_interleave(part.frame_tokens)[:, None, None]
         bias = torch.zeros(k.shape[1], device=DEVICE)
         if part.bias is not None:
             bias = part.bias.repeat_interleave(part.frame_tokens)
-        there = alive(part)[0]
-        keys.append(k[:, there].to(dtype))
-        values.append(v[:, there].to(dtype))
-        biases.append(bias[there])
-    theirs = sdpa(q, torch.cat(keys, 1), torch.cat(values, 1), torch.cat(biases).to(dtype))
+        keys.append(k.to(dtype))
+        values.append(v.to(dtype))
+        bias = torch.where(alive(part), bias, float("-inf"))
+        biases.append(bias.expand(len(q), -1)[:, None, None].to(dtype))
+    theirs = sdpa(q, torch.cat(keys, 1), torch.cat(values, 1), torch.cat(biases, -1))
     bound = 2 * (theirs - expected).abs().amax() + torch.finfo(dtype).eps * expected.abs().amax() / 2
     assert (got - expected).abs().amax() <= bound
 
@@ -235,8 +255,8 @@ from triton.compiler import ASTSource
 from streamvid.kernels.windowed_triton import window_kernel
 
 for element, stored, options in [("bf16", "bf16", 0), ("bf16", "fp8e4nv", 15)]:
-    flags = {n: bool(options >> i & 1) for i, n in enumerate(["SCALED", "ROTATED", "BIASED", "IMPORTANCE"])}
-    blocks = dict(BLOCK_L=64, BLOCK_S=32, BLOCK_D=64, HEADS=12, CONTINUED=options > 0, EMULATE=False)
+    flags = {n: bool(options >> i & 1) for i, n in enumerate(["SCALED", "ROTATED", "BIASED", "GAINED"])}
+    blocks = dict(BLOCK_L=64, BLOCK_S=32, D=64, BLOCK_D=64, HEADS=12, CONTINUED=options > 0, EMULATE=False)
     pointers = {"q": element, "k": stored, "v": stored, "out": element, "before": "fp32", "runs": "i32"}
     constants = {**blocks, **flags}
     names = window_kernel.arg_names
