@@ -1,8 +1,8 @@
-"""Attention backends against the reference in float64, on this machine: `streamvid kernels check`.
+"""Attention backends and fused kernels against PyTorch in float64, on this machine: `streamvid kernels check`.
 
 A backend may be off by 1e-5 of the largest output in float32, and in half precision by twice what PyTorch's own attention is
-off (one rounding of the weights and one of the output at least), beside its declared slack. One that is further off is
-disabled for the process.
+off (one rounding of the weights and one of the output at least), beside its declared slack; a fused kernel by twice what its
+twin is. One that is further off is disabled for the process: a backend is an error then, a kernel is replaced by its twin.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from streamvid.kernels import companions
 from streamvid.kernels.attention import AUTO, BACKENDS, disable, reference, unavailable
+from streamvid.kernels.companions import PLAIN, Companions
+from streamvid.kernels.problems import OPTIONS, Sizes, arguments, companion_errors, window_errors
 
 from streamvid.errors import UserError
 
@@ -28,6 +31,9 @@ PROBLEMS: dict[str, tuple[int, int, int, int, int, str]] = {
 }
 # a block of 3 frames against a window of 12: at 480 x 832 on a GPU, something that a CPU does at once elsewhere
 TIMED = {"cuda": (1, 4680, 18720, 12, 128), "cpu": (1, 192, 768, 4, 64)}
+TIMED_SIZES = Sizes(
+    batch=1, frames=3, tokens=1560, heads=12, dim=128, layers=2
+)  # of fused kernels: on a GPU only
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -38,6 +44,7 @@ class Check(NamedTuple):
         verdict: right, wrong, or not here.
         error, allowed: the worst problem's, in shares of the largest output.
         milliseconds: of the timed problem, None where it was not timed.
+        of_twin: the same of a fused kernel's twin.
         note: why it is not here, what it refuses, what is wrong.
     """
 
@@ -47,6 +54,7 @@ class Check(NamedTuple):
     allowed: float = 0.0
     milliseconds: float | None = None
     note: str = ""
+    of_twin: float | None = None
 
 
 def tensors(shape: Sequence[int], mask: str, device, dtype) -> tuple[Any, ...]:
@@ -72,13 +80,22 @@ def relative_error(name: str, problem: Sequence[Any]) -> float:
     q, k, v, mask = problem
     wide = None if mask is None else mask if mask.dtype == torch.bool else mask.double()
     exact = reference(q.double(), k.double(), v.double(), wide)
-    try:
+
+    def measure() -> tuple[float, float]:
         difference = BACKENDS[name].attend(q, k, v, mask).double() - exact
-    except Exception as error:  # whatever a foreign library throws, the backend does not work here
-        warnings.warn(f"attention backend = {name}: {type(error).__name__}: {error}", stacklevel=2)
-        return float("inf")
-    off = float(difference.abs().amax() / exact.abs().amax())
+        return float(difference.abs().amax() / exact.abs().amax()), 0.0
+
+    off = _tried(f"attention backend = {name}", measure)[0]
     return off if off == off else float("inf")
+
+
+def _tried(what: str, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """An error and that of a baseline; infinite where the kernel breaks."""
+    try:
+        return measure()
+    except Exception as error:  # whatever a foreign library throws, it does not work here
+        warnings.warn(f"{what}: {type(error).__name__}: {error}", stacklevel=3)
+        return float("inf"), 0.0
 
 
 def check_backend(name: str, device, dtype: torch.dtype, timed: bool = True) -> Check:
@@ -95,8 +112,12 @@ def check_backend(name: str, device, dtype: torch.dtype, timed: bool = True) -> 
         baseline = 0.0 if name in ("sdpa", "reference") else 2 * relative_error("sdpa", problem)
         allowed = max(ROUNDING[dtype], baseline if baseline < 0.1 else 0.0) + BACKENDS[name].slack
         error = relative_error(name, problem)
-        if error / allowed >= worst[0]:
-            worst = (error / allowed, allowed, label)
+        worst = max(worst, (error / allowed, allowed, label))
+    for option in OPTIONS if name == "triton" else ():  # what the windowed attention can do beyond a backend
+        label = f"windowed, {option}"
+        error, baseline = _tried(f"{label}", lambda o=option: window_errors(o, Sizes(), device, dtype))
+        allowed = max(ROUNDING[dtype], 2 * baseline)
+        worst = max(worst, (error / allowed, allowed, label))
     note = f"refuses {', '.join(refused)}" if refused else ""
     if len(refused) == len(PROBLEMS):
         return Check(name, "not here", note=str(BACKENDS[name].refuses(*problem)))
@@ -105,37 +126,66 @@ def check_backend(name: str, device, dtype: torch.dtype, timed: bool = True) -> 
         note = f"{label}: off by {share * allowed:.1e} of the largest output, allowed {allowed:.1e}"
         disable(name, f"is disabled, it computes something wrong here ({note}): choose another, or auto")
         return Check(name, "wrong", share * allowed, allowed, note=note)
-    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    spent = milliseconds(name, device, dtype) if timed and not interpreted else None
+    spent = None
+    if timed and not (name == "triton" and _interpreted()):
+        problem = tensors(TIMED.get(torch.device(device).type, TIMED["cpu"]), "", device, dtype)
+        spent = milliseconds(BACKENDS[name].attend, problem, device)
     return Check(name, "right", share * allowed, allowed, spent, note)
 
 
-def milliseconds(name: str, device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Of the timed problem, the fastest of some runs."""
-    kind = torch.device(device).type
-    problem = tensors(TIMED.get(kind, TIMED["cpu"]), "", device, dtype)
+def check_companion(name: str, device, dtype: torch.dtype, timed: bool = True) -> Check:
+    """Compare one fused kernel with its twin, and let the twin serve if it is wrong."""
+    reason = companions.unavailable(name)
+    if reason:
+        return Check(name, "not here", note=reason)
+    told = f"fused kernel {name}"
+    error, baseline = _tried(told, lambda: companion_errors(name, Sizes(), device, dtype))
+    allowed = max(ROUNDING[dtype], 2 * baseline)
+    if not error <= allowed:
+        note = f"off by {error:.1e} of the largest output, allowed {allowed:.1e}"
+        companions.disable(name, f"is disabled, it computes something wrong here ({note}): its twin serves")
+        return Check(name, "wrong", error, allowed, note=note)
+    spent = of_twin = None
+    if timed and torch.device(device).type == "cuda":
+        problem = arguments(name, TIMED_SIZES, device, dtype)
+        spent, of_twin = (
+            milliseconds(f, problem, device) for f in (companions.kernel(name), getattr(PLAIN, name))
+        )
+    return Check(name, "right", error, allowed, spent, of_twin=of_twin)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def milliseconds(function: Callable, problem: Sequence[Any], device, repeats: int = 5) -> float:
+    """The fastest of some runs."""
     best = float("inf")
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        BACKENDS[name].attend(*problem)
-        if kind == "cuda":
+        function(*problem)
+        if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
     return best * 1000
 
 
 def check_all(device, dtype: torch.dtype, timed: bool = True) -> Iterator[Check]:
-    """Every backend, one after the other."""
+    """Every backend and every fused kernel, one after the other."""
     for name in BACKENDS:
         yield check_backend(name, device, dtype, timed)
+    for name in Companions._fields:
+        yield check_companion(name, device, dtype, timed)
 
 
 def verify(name: str, device, dtype: torch.dtype) -> None:
-    """Before a run: compare the backend called `name`, or all that `auto` may take, with the reference.
+    """Before a run: compare the backend called `name`, or all that `auto` may take, with the reference, and fused kernels.
 
     Raises:
-        UserError: the backend named is wrong. One of `auto`'s that is wrong is left out, with a warning.
+        UserError: the backend named is wrong. One of `auto`'s that is wrong is left out, with a warning; so is a kernel.
     """
+    if name == "triton" or torch.device(device).type == "cuda":
+        verify_companions(device, dtype)
     for each in dict.fromkeys(sum(AUTO.values(), ())) if name == "auto" else [name]:
         result = check_backend(each, device, dtype, timed=False)
         if result.verdict == "wrong":
@@ -145,12 +195,22 @@ def verify(name: str, device, dtype: torch.dtype) -> None:
             warnings.warn(told, stacklevel=2)
 
 
+def verify_companions(device, dtype: torch.dtype) -> None:
+    """Leave out the fused kernels that are wrong here, each with a warning."""
+    for name in Companions._fields:
+        if check_companion(name, device, dtype, timed=False).verdict == "wrong":
+            warnings.warn(f"fused kernel {name} {companions.unavailable(name)}", stacklevel=2)
+
+
 def report(results: Sequence[Check], device, dtype: torch.dtype) -> str:
     """A table of all results."""
-    lines = [f"attention on {device} in {str(dtype).removeprefix('torch.')}, against float64"]
-    lines.append(f"  {'backend':10} {'':9} {'error':>8} {'allowed':>8} {'ms':>9}")
+    lines = [
+        f"attention and fused kernels on {device} in {str(dtype).removeprefix('torch.')}, against float64"
+    ]
+    lines.append(f"  {'':17} {'':9} {'error':>8} {'allowed':>8} {'ms':>9} {'twin ms':>9}")
     for result in results:
         numbers = f"{result.error:8.1e} {result.allowed:8.1e}" if result.verdict != "not here" else " " * 17
-        spent = "" if result.milliseconds is None else f"{result.milliseconds:.2f}"
-        lines.append(f"  {result.name:10} {result.verdict:9} {numbers} {spent:>9}  {result.note}".rstrip())
+        spent, of_twin = ("" if x is None else f"{x:.2f}" for x in (result.milliseconds, result.of_twin))
+        row = f"  {result.name:17} {result.verdict:9} {numbers} {spent:>9} {of_twin:>9}  {result.note}"
+        lines.append(row.rstrip())
     return "\n".join(lines)

@@ -10,7 +10,8 @@ compute in float32 and round once, where the twins round after every operation. 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,16 @@ class Meetings(NamedTuple):
     """Which evicted frames are averaged into which frames of a sink, in this order.
 
     Attributes:
+        buffer: keys and values with the evicted frames, keys rotated.
+        mixed: takes the new averages.
         starts: int32 `[sinks + 1]`; sink frame s meets those from `starts[s]` to `starts[s + 1]`.
         evicted: int32 `[n]`, index of the evicted frame in its buffer.
         shares: float32 `[n, B, 2]`: of the average, and of the evicted frame.
         back: turns an evicted frame's keys back to no rotation, each `[n * T, 1 or H, D / 2]`.
     """
 
+    buffer: KeyValue
+    mixed: KeyValue
     starts: torch.Tensor
     evicted: torch.Tensor
     shares: torch.Tensor
@@ -90,45 +95,36 @@ def norm_rotate_write(
 
 
 def fuse_sink(
-    average: KeyValue,
-    mixed: KeyValue | None,
-    evicted: KeyValue,
-    meetings: Meetings,
-    stored: KeyValue,
-    at: Rotation,
-    placed: torch.Tensor,
+    average: KeyValue, meetings: Meetings | None, stored: KeyValue, at: Rotation, placed: torch.Tensor
 ) -> None:
     """Average evicted frames into the sink and write it where attention reads it: `share * average + share * evicted`.
 
-    All tensors of keys and values are `[N, B, tokens, H, D]` of N layers. Averages are of keys before rotation, taken in
-    float32 (or float64) and rounded once.
+    All tensors of keys and values are `[N, B, tokens, H, D]` of N layers. Averages are of keys before rotation; products and
+    sums are rounded to their dtype, so that in bfloat16 a decay near 1 does nothing, as in the release.
 
     Args:
         average: what the sink's frames are; tokens of S frames.
-        mixed: takes the new averages; None: there are no meetings.
-        evicted: buffer with the evicted frames, its keys rotated.
         stored: buffer whose first S frames are the sink; its keys are rotated by `at`, `[S * T, 1 or H, D / 2]`.
-        placed: boolean `[S]`: which frames are written to `stored`.
+        placed: int32 `[S]`: 1 where a frame is written to `stored`, else 0.
     """
-    sinks = len(placed)
-    tokens = average[0].shape[2] // sinks
-    precise = torch.promote_types(average[0].dtype, torch.float32)
+    tokens = average[0].shape[2] // len(placed)
+    kind = average[0].dtype
 
     def frame(x: torch.Tensor, index) -> torch.Tensor:
         return x[:, :, index * tokens : (index + 1) * tokens]
 
-    starts, indices, places = meetings.starts.tolist(), meetings.evicted.tolist(), placed.tolist()
-    for sink in range(sinks):
-        key, value = (frame(x, sink).to(precise) for x in average)
-        for n in range(starts[sink], starts[sink + 1]):
-            old, new = meetings.shares[n, ..., None, None, None].unbind(1)
-            by = Rotation(*(x[n * tokens : (n + 1) * tokens] for x in meetings.back))
-            evicted_k, evicted_v = (frame(x, indices[n]).to(precise) for x in evicted)
-            key, value = key * old + rotate(evicted_k, by) * new, value * old + evicted_v * new
-        if mixed is not None:
-            frame(mixed[0], sink).copy_(key)
-            frame(mixed[1], sink).copy_(value)
-        if places[sink]:
+    for sink, place in enumerate(placed.tolist()):
+        key, value = (frame(x, sink) for x in average)
+        if meetings is not None:
+            for n in range(*meetings.starts[sink : sink + 2].tolist()):
+                old, new = meetings.shares[n, ..., None, None, None].unbind(1)
+                by = Rotation(*(x[n * tokens : (n + 1) * tokens] for x in meetings.back))
+                gone_k, gone_v = (frame(x, int(meetings.evicted[n])).to(kind) for x in meetings.buffer)
+                key = ((key * old).to(kind) + rotate(gone_k, by) * new).to(kind)
+                value = ((value * old).to(kind) + gone_v * new).to(kind)
+            frame(meetings.mixed[0], sink).copy_(key)
+            frame(meetings.mixed[1], sink).copy_(value)
+        if place:
             by = Rotation(*(x[sink * tokens : (sink + 1) * tokens] for x in at))
             frame(stored[0], sink).copy_(rotate(key, by))
             frame(stored[1], sink).copy_(value)
@@ -175,12 +171,22 @@ def companions(attention: str, device: torch.device | str) -> Companions:
     """The functions that a stream with this attention backend takes on a device.
 
     On CUDA they are the kernels, unless attention = reference asks for nothing fused; elsewhere they are, in Triton's
-    interpreter, with attention = triton. A kernel that cannot run or was found wrong leaves its place to the twin.
+    interpreter, with attention = triton. On CUDA each is compared with its twin at first. A kernel that cannot run or is
+    wrong leaves its place to the twin.
     """
     cuda = torch.device(device).type == "cuda"
     if attention == "reference" or not (cuda or attention == "triton"):
         return PLAIN
+    if cuda:
+        _verify(torch.device(device))
     return Companions(*(_one(name) for name in Companions._fields))
+
+
+@cache
+def _verify(device: torch.device) -> None:
+    from streamvid.kernels.check import verify_companions
+
+    verify_companions(device, torch.bfloat16)
 
 
 def _one(name: str) -> Callable:
@@ -191,7 +197,7 @@ def _one(name: str) -> Callable:
 
     def choose(*arguments):
         # compiled graphs fuse the twin by themselves; training needs a gradient
-        tensors: Sequence = [x for x in arguments if isinstance(x, torch.Tensor)]
+        tensors = (x for x in arguments if isinstance(x, torch.Tensor))
         graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         return (twin if graded or torch.compiler.is_compiling() else fused)(*arguments)
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from streamvid.kernels.companions import KeyValue, Meetings
-from streamvid.kernels.windowed_triton import INTERPRETED, device_of, rounded
+from streamvid.kernels.windowed_triton import INTERPRETED, device_of, rounded, turned
 
 from streamvid.rope import Rotation
 
@@ -99,13 +99,6 @@ def _angles(cos, sin, row, stride_l, stride_h, inside, D: tl.constexpr, PAIRS: t
 
 
 @triton.jit
-def _turned(x, c, s, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of channels, every pair (even, odd) turned."""
-    even, odd = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
-    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROWS, WIDTH])
-
-
-@triton.jit
 def _normed(
     x, weight, cos, sin, row, stride_xl, stride_rl, stride_rh, inside, pairs_inside, eps,
     C: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -116,7 +109,7 @@ def _normed(
     number *= tl.rsqrt(tl.sum(number * number, 1) / C + eps)[:, None]
     number *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     cosine, sine = _angles(cos, sin, row, stride_rl, stride_rh, pairs_inside, D, WIDTH // 2)
-    return _turned(number, cosine, sine, ROWS, WIDTH)
+    return turned(number, cosine, sine, ROWS, WIDTH)
 
 
 @triton.jit
@@ -188,6 +181,7 @@ def fuse_sink_kernel(
     C: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MIXED: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of one sink frame, in one layer of one video."""
+    KIND: tl.constexpr = average_k.dtype.element_ty
     sink = tl.program_id(1)
     n = (tl.program_id(2) // batch).to(tl.int64)
     b = (tl.program_id(2) % batch).to(tl.int64)
@@ -209,40 +203,38 @@ def fuse_sink_kernel(
             cosine, sine = _angles(
                 back_cos, back_sin, meeting * tokens + row, stride_bl, stride_bh, pairs_inside, D, WIDTH // 2
             )
-            key = key * old + _turned(gone, cosine, sine, ROWS, WIDTH) * new
-            value = value * old + tl.load(evicted_v + out, mask=inside, other=0.0).to(tl.float32) * new
+            gone = rounded(turned(gone, cosine, sine, ROWS, WIDTH), KIND, EMULATE).to(tl.float32)
+            key = rounded(key * old, KIND, EMULATE).to(tl.float32) + gone * new
+            key = rounded(key, KIND, EMULATE).to(tl.float32)
+            gone = tl.load(evicted_v + out, mask=inside, other=0.0).to(tl.float32)
+            value = rounded(value * old, KIND, EMULATE).to(tl.float32) + gone * new
+            value = rounded(value, KIND, EMULATE).to(tl.float32)
         tl.store(mixed_k + at, rounded(key, mixed_k.dtype.element_ty, EMULATE), mask=inside)
         tl.store(mixed_v + at, rounded(value, mixed_v.dtype.element_ty, EMULATE), mask=inside)
     shown = inside & (tl.load(placed + sink) != 0)
     cosine, sine = _angles(cos, sin, own, stride_rl, stride_rh, pairs_inside, D, WIDTH // 2)
-    key = _turned(key, cosine, sine, ROWS, WIDTH)
+    key = turned(key, cosine, sine, ROWS, WIDTH)
     at = n * stride_sn + b * stride_sb + own[:, None] * stride_sl + c[None, :]
     tl.store(stored_k + at, rounded(key, stored_k.dtype.element_ty, EMULATE), mask=shown)
     tl.store(stored_v + at, rounded(value, stored_v.dtype.element_ty, EMULATE), mask=shown)
 
 
 def fuse_sink(
-    average: KeyValue,
-    mixed: KeyValue | None,
-    evicted: KeyValue,
-    meetings: Meetings,
-    stored: KeyValue,
-    at: Rotation,
-    placed: torch.Tensor,
+    average: KeyValue, meetings: Meetings | None, stored: KeyValue, at: Rotation, placed: torch.Tensor
 ) -> None:
     layers, batch, length, heads, dim = average[0].shape
     tokens = length // len(placed)
-    back = [x.contiguous() for x in meetings.back]
     angles = [x.contiguous() for x in at]
+    met = meetings or Meetings(average, average, placed, placed, angles[0], at)  # a stand-in that is not read
+    back = [x.contiguous() for x in met.back]
     rows, padded, warps = _grid(tokens, heads * dim)
     with device_of(average[0]):
         fuse_sink_kernel[triton.cdiv(tokens, rows), len(placed), layers * batch](
-            *average, *(mixed or average), *evicted, *stored,
-            meetings.starts, meetings.evicted, meetings.shares, *back, *angles, placed,
-            *average[0].stride()[:3], *evicted[0].stride()[:3], *stored[0].stride()[:3],
+            *average, *met.mixed, *met.buffer, *stored, met.starts, met.evicted, met.shares, *back, *angles, placed,
+            *average[0].stride()[:3], *met.buffer[0].stride()[:3], *stored[0].stride()[:3],
             back[0].stride(0), _head_stride(back[0], heads), angles[0].stride(0), _head_stride(angles[0], heads),
-            batch, tokens, C=heads * dim, D=dim, ROWS=rows, WIDTH=padded, MIXED=mixed is not None, EMULATE=INTERPRETED,
-            num_warps=warps,
+            batch, tokens, C=heads * dim, D=dim, ROWS=rows, WIDTH=padded, MIXED=meetings is not None,
+            EMULATE=INTERPRETED, num_warps=warps,
         )  # fmt: skip
 
 

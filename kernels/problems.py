@@ -69,16 +69,16 @@ def arguments(name: str, sizes: Sizes, device, dtype: torch.dtype) -> tuple:
             shape = (layers, batch, count * tokens, heads, dim)
             return number(*shape, dtype=kind), number(*shape, dtype=kind)
 
-        shares = number(evicted, batch, 2, dtype=torch.float32).sigmoid()
         meetings = Meetings(
+            pair(evicted),
+            pair(sinks, torch.float32),
             number.integers(0, 2, 3),
             number.integers(2, 0, 1),
-            shares,
+            number(evicted, batch, 2, dtype=torch.float32).sigmoid(),
             number.turn(evicted * tokens, 1, dim),
         )
-        placed = torch.tensor([True, False], device=device)
-        average, mixed = pair(sinks, torch.float32), pair(sinks, torch.float32)
-        return average, mixed, pair(evicted), meetings, pair(4), number.turn(sinks * tokens, 1, dim), placed
+        at = number.turn(sinks * tokens, 1, dim)
+        return pair(sinks, torch.float32), meetings, pair(4), at, number.integers(1, 0)
     raise KeyError(name)
 
 

@@ -31,7 +31,8 @@ class Part(NamedTuple):
         frame_tokens: tokens of a frame; frame f of the buffer is its tokens from `f * frame_tokens` on.
         bias: float32 `[frames]` or `[B, frames]` in the buffer's order, added to the scores: log-bias, logarithm of a decay.
         gain: the same, multiplies the scores before (UltraViCo's decay of far frames).
-        phase: turns the keys of every frame on load: cosine and sine, each float32 `[frames, 1 or H, D / 2]`.
+        phase: turns the keys of every frame on load: cosine and sine, each float32 `[frames, 1 or H, D / 2]`. As of bias and
+            gain, those behind the last attended frame may be missing.
         k_scale, v_scale: float32 `[B, S, H, 1]`, what the stored numbers are multiplied with (streamvid.kv_storage.Scaled).
     """
 
@@ -195,7 +196,8 @@ def _keys(part: Part, dtype: torch.dtype) -> torch.Tensor:
 
 def _per_token(of_frames: torch.Tensor, part: Part, axis: int = -1) -> torch.Tensor:
     """Numbers of frames `[frames, ...]` for every token; those of the last axis `[1 or B, 1, 1, S]`."""
-    rows = of_frames.repeat_interleave(part.frame_tokens, axis).narrow(axis, 0, part.k_BSHD.shape[1])
+    frame = torch.arange(part.k_BSHD.shape[1], device=of_frames.device) // part.frame_tokens
+    rows = of_frames.index_select(axis, frame.clamp(max=of_frames.shape[axis] - 1))
     return rows if axis == 0 else rows.view(-1, 1, 1, rows.shape[-1])
 
 

@@ -31,13 +31,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(dim: int, dtype: torch.dtype) -> Tile:
-    """Tile for a head dimension and dtype; `benchmarks/attention.py --tune` tries others."""
+def tile(dim: int, dtype: torch.dtype, rotated: bool = False) -> Tile:
+    """Tile for a head dimension and dtype; `benchmarks/attention.py --tune` tries others.
+
+    Chosen without a GPU by what the compiler says for sm_90: no spilled register, at most 227 KB of shared memory. Angles
+    are loaded ahead too, so rotated keys leave room for fewer steps.
+    """
     if INTERPRETED:
         return Tile(32, 32, 1, 1)
     if dtype == torch.float32:
         return Tile(64, 32, 4, 2)
-    return Tile(128, 64, 4 if dim <= 64 else 8, 3)
+    return Tile(128, 64, 4 if dim <= 64 else 8, 2 if rotated else 3)
 
 
 @triton.jit
@@ -55,20 +59,28 @@ def rounded(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def turned(x, c, s, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of channels, every pair (even, odd) turned."""
+    even, odd = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROWS, WIDTH])
+
+
+@triton.jit
 def _key(
-    k, tokens, frame, inside, cos, sin, stride_kl, stride_cf, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTATED: tl.constexpr
+    k, tokens, frame, valid, cos, sin, stride_kl, stride_cf,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Some keys of one head as they are stored, or turned in float32."""
     d = tl.arange(0, BLOCK_D)
-    row = tokens.to(tl.int64)[:, None] * stride_kl
-    key = tl.load(k + row + d[None, :], mask=inside, other=0.0)
+    at = tokens.to(tl.int64)[:, None] * stride_kl + d[None, :]
+    key = tl.load(k + at, mask=valid[:, None] & (d < D)[None, :], other=0.0)
     if ROTATED:
-        partner = tl.load(k + row + (d ^ 1)[None, :], mask=inside, other=0.0)
-        at = frame[:, None] * stride_cf + (d // 2)[None, :]
+        pair = tl.arange(0, BLOCK_D // 2)
+        at = frame[:, None] * stride_cf + pair[None, :]
+        inside = valid[:, None] & (pair < D // 2)[None, :]
         c = tl.load(cos + at, mask=inside, other=0.0)
         s = tl.load(sin + at, mask=inside, other=0.0)
-        s = tl.where((d % 2 == 0)[None, :], -s, s)
-        key = key.to(tl.float32) * c + partner.to(tl.float32) * s
+        key = turned(key.to(tl.float32), c, s, BLOCK_S, BLOCK_D)
     return key
 
 
@@ -76,14 +88,14 @@ def _key(
 def _step(
     acc, top, total, q, tokens, valid, k, v, k_scale, v_scale, cos, sin, bias, gain,
     stride_kl, stride_vl, stride_sl, stride_cf, frame_tokens, log2_scale,
-    DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, SCALED: tl.constexpr,
-    ROTATED: tl.constexpr, BIASED: tl.constexpr, GAINED: tl.constexpr, EMULATE: tl.constexpr,
+    DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    SCALED: tl.constexpr, ROTATED: tl.constexpr, BIASED: tl.constexpr, GAINED: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the running maximum `top` (base 2), sum `total` and unnormalised output `acc`."""
     d = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (d < D)[None, :]
     frame = tokens // frame_tokens
-    key = _key(k, tokens, frame, inside, cos, sin, stride_kl, stride_cf, D, BLOCK_D, ROTATED)
+    key = _key(k, tokens, frame, valid, cos, sin, stride_kl, stride_cf, D, BLOCK_S, BLOCK_D, ROTATED)
     value = tl.load(v + tokens.to(tl.int64)[:, None] * stride_vl + d[None, :], mask=inside, other=0.0)
     if SCALED:
         at = tokens * stride_sl
@@ -162,7 +174,7 @@ def window_kernel(
                 acc, top, total = _step(
                     acc, top, total, q_tile, first + column, valid, k, v, k_scale, v_scale, cos, sin, bias, gain,
                     stride_kl, stride_vl, stride_sl, stride_cf, frame_tokens, log2_scale,
-                    DTYPE, D, BLOCK_D, TAIL, SCALED, ROTATED, BIASED, GAINED, EMULATE,
+                    DTYPE, D, BLOCK_S, BLOCK_D, TAIL, SCALED, ROTATED, BIASED, GAINED, EMULATE,
                 )  # fmt: skip
     nothing = total == 0.0
     share = acc / tl.where(nothing, 1.0, total)[:, None]
@@ -191,12 +203,11 @@ def importance_kernel(
             column = start + tl.arange(0, BLOCK_S)
             valid = column < count
             tokens = first + column
-            inside = valid[:, None] & (d < D)[None, :]
             product = tl.zeros([BLOCK_S], tl.float32)
             for h in range(HEADS):
                 key = _key(
-                    k + b * stride_kb + h * stride_kh, tokens, tokens // frame_tokens, inside,
-                    cos + h * stride_ch, sin + h * stride_ch, stride_kl, stride_cf, D, BLOCK_D, ROTATED,
+                    k + b * stride_kb + h * stride_kh, tokens, tokens // frame_tokens, valid,
+                    cos + h * stride_ch, sin + h * stride_ch, stride_kl, stride_cf, D, BLOCK_S, BLOCK_D, ROTATED,
                 )  # fmt: skip
                 row = tl.load(wanted + (b * HEADS + h) * D + d, mask=d < D, other=0.0)
                 of_head = tl.sum(key.to(tl.float32) * row[None, :], 1)
@@ -219,7 +230,8 @@ def attend(q_BLHD: torch.Tensor, parts: Sequence[Part], tiles: Tile | None = Non
             out,
             q_BLHD.new_empty(q_BLHD.shape, dtype=q_BLHD.dtype if last else torch.float32),
         )
-        _attend_part(q_BLHD, part, out, lse, before, index > 0, tiles or tile(q_BLHD.shape[-1], q_BLHD.dtype))
+        step = tiles or tile(q_BLHD.shape[-1], q_BLHD.dtype, part.phase is not None)
+        _attend_part(q_BLHD, part, out, lse, before, index > 0, step)
     return Attended(out, lse)
 
 

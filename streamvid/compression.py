@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
+from streamvid.kernels.windowed import Part, key_importance
 from streamvid.saving import copy_into
 from streamvid.window import BlockPlan, WindowOptions
+from streamvid.window_parts import contiguous_runs
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 def summed_importance(queries_BRHD: torch.Tensor, keys_BLHD: torch.Tensor) -> torch.Tensor:
@@ -40,6 +44,7 @@ class TokenLedger:
     Args:
         importance: one of `IMPORTANCE`.
         max_reuse: a token is chosen at most so many times.
+        in_place: tokens are scored by the kernel of `streamvid.kernels.windowed`, which has no importance `max`.
     """
 
     def __init__(
@@ -49,10 +54,12 @@ class TokenLedger:
         tokens_per_frame: int,
         importance: str = "sum",
         max_reuse: int = 7,
+        in_place: bool = False,
     ):
         layers, batch, tokens, heads, head_dim = keys.shape
         self.options, self.tokens_per_frame = options, tokens_per_frame
         self.importance, self.max_reuse = IMPORTANCE[importance], max_reuse
+        self.in_place = in_place and importance == "sum"
         self.ids = torch.full((layers, batch, tokens), -1, dtype=torch.long, device=keys.device)
         self.uses = torch.zeros_like(self.ids)
         self.spare_ids, self.spare_uses = self.ids.clone(), self.uses.clone()
@@ -98,14 +105,14 @@ class TokenLedger:
         layer: int,
         plan: BlockPlan,
         q_BLHD: torch.Tensor,
-        own: tuple[torch.Tensor, torch.Tensor],
-        buffer: tuple[torch.Tensor, torch.Tensor],
-        into: tuple[torch.Tensor, torch.Tensor],
+        own: KeyValue,
+        buffer: KeyValue,
+        into: KeyValue,
     ) -> None:
         """Of `buffer` and the block's `own` keys and values, write sink, chosen and recent tokens to the front of `into`."""
         stored = self._tokens(plan.compressed_from)
-        keys, values = (torch.cat([old[:, stored], new], 1) for old, new in zip(buffer, own, strict=True))
-        ids = torch.cat([self.ids[layer][:, stored], self._own_ids(plan).expand(keys.shape[0], -1)], 1)
+        videos, new = own[0].shape[:2]
+        ids = torch.cat([self.ids[layer][:, stored], self._own_ids(plan).expand(videos, -1)], 1)
         uses = torch.cat([self.uses[layer][:, stored], torch.zeros_like(ids[:, len(stored) :])], 1)
 
         per_frame, options = self.tokens_per_frame, self.options
@@ -113,7 +120,8 @@ class TokenLedger:
         chosen = (options.budget or 0) * per_frame - sink - recent
         queries = torch.cat([self.queries[layer], q_BLHD], 1)
         queries = queries[:, max(0, queries.shape[1] - recent) :]
-        scores = self.importance(queries, keys).float() / (keys.shape[-1] ** 0.5 * keys.shape[-2])
+        products = self._products(queries, plan, buffer, own)
+        scores = products.float() / (own[0].shape[-1] ** 0.5 * own[0].shape[-2])
         candidates = scores[:, sink : scores.shape[1] - recent]
         candidates = candidates.masked_fill(
             uses[:, sink : scores.shape[1] - recent] >= self.max_reuse, float("-inf")
@@ -121,14 +129,39 @@ class TokenLedger:
         best = candidates.topk(chosen, 1).indices.sort(1).values + sink
         self.scores[layer], self.selected[layer] = scores, best
 
-        everyone = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
-        kept = torch.cat([everyone[:, :sink], best, everyone[:, keys.shape[1] - recent :]], 1)
+        everyone = torch.arange(ids.shape[1], device=ids.device).expand(videos, -1)
+        kept = torch.cat([everyone[:, :sink], best, everyone[:, ids.shape[1] - recent :]], 1)
         uses = uses.scatter_add(1, best, torch.ones_like(best))
         length = kept.shape[1]
-        for source, target in zip((keys, values), into, strict=True):
-            target[:, :length] = source.gather(1, kept[..., None, None].expand(-1, -1, *source.shape[2:]))
+        tail = min(recent, new)  # the end of the block is the end of what is kept
+        for source, of_block, target in zip(buffer, own, into, strict=True):
+            index = kept[:, : length - tail]
+            if tail < new:  # the rest of the block has to be chosen
+                source = torch.cat([source[:, stored], of_block], 1)
+            else:
+                index = stored[index]
+            index = index[..., None, None].expand(-1, -1, *source.shape[2:])
+            target[:, : length - tail] = source.gather(1, index)
+            target[:, length - tail : length] = of_block[:, new - tail :]
         self.spare_ids[layer][:, :length] = ids.gather(1, kept)
         self.spare_uses[layer][:, :length] = uses.gather(1, kept)
+
+    def _products(
+        self, queries: torch.Tensor, plan: BlockPlan, buffer: KeyValue, own: KeyValue
+    ) -> torch.Tensor:
+        """Importance `[B, L]` of the tokens stored and of the block's own."""
+        stored = self._tokens(plan.compressed_from)
+        if not self.in_place:
+            of_stored = self.importance(queries, buffer[0][:, stored])
+            return torch.cat([of_stored, self.importance(queries, own[0].to(buffer[0].dtype))], 1)
+        runs = [run for _, run in contiguous_runs(sorted(plan.compressed_from), self.tokens_per_frame)]
+        ranges = ([[run.start, run.stop - run.start] for run in runs], [[0, own[0].shape[1]]])
+        parts = [
+            Part(*pair, torch.tensor(some, dtype=torch.int32, device=queries.device))
+            for pair, some in zip((buffer, own), ranges, strict=True)
+        ]
+        of_buffer, of_own = key_importance(queries.sum(1), parts, "triton")
+        return torch.cat([of_buffer[:, stored], of_own], 1)
 
     def reanchor(self, frames: Sequence[int]) -> None:
         """The buffer begins with these frames, none of whose tokens was chosen yet."""

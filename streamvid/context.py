@@ -16,10 +16,20 @@ import torch.nn.functional as F
 from streamvid import sinks
 from streamvid.compression import TokenLedger
 from streamvid.kernels.attention import attention_backend
+from streamvid.kernels.companions import PLAIN, Meetings, companions
+from streamvid.kernels.windowed import windowed_attention
 from streamvid.kv_storage import QuantisedKV
 from streamvid.rope import Rotation, rotate, rotation, temporal_frequencies
 from streamvid.saving import copy_into, map_tensors
 from streamvid.window import BlockPlan, WindowOptions, WindowPlanner, WindowSlot
+from streamvid.window_parts import (
+    PlannedPart,
+    Seen,
+    contiguous_runs,
+    key_mask,
+    key_weights,
+    plan_parts,
+)
 
 SINK_PRECISIONS = ("float32", "native")
 
@@ -33,6 +43,10 @@ class ContextCache:
     Keys are kept rotated. Only relative positions matter to attention, so a plan's positions are shifted as a whole to where
     the latest finished frame already is; a sink slot that moves against it is rotated afresh from the raw key, which is kept
     for exactly those slots: re-alignment never accumulates rounding.
+
+    With the backend triton the windowed-attention kernel reads all of that in place (streamvid.window_parts): dead slots are
+    skipped, far keys and biases are weighed per frame, a sink that moved is turned on load and not written again, INT8 and
+    FP8 are decoded on load.
 
     Args:
         layers, heads, head_dim: of the transformer.
@@ -76,6 +90,8 @@ class ContextCache:
         max_reuse: int = 7,
         kv_dtype: str = "native",
     ):
+        self.attention, self.companions = attention_backend(attention), companions(attention, device)
+        self.in_place = attention == "triton"
         self.planner = WindowPlanner(options)
         self.options = options
         self.grid, self.head_dim, self.device = grid, head_dim, device
@@ -96,7 +112,8 @@ class ContextCache:
         self.values = torch.zeros_like(self.keys)
         self.sink_slots = 0 if options.positions == "absolute" and not options.fuse else options.sink
         precise = torch.float32 if options.fuse and sink_precision == "float32" else dtype
-        sink_shape = (layers, batch, self.sink_slots * self.tokens_per_frame, heads, head_dim)
+        raw_slots = 0 if self.in_place and not options.fuse else self.sink_slots
+        sink_shape = (layers, batch, raw_slots * self.tokens_per_frame, heads, head_dim)
         self.raw_keys = torch.zeros(sink_shape, dtype=precise, device=device)
         # sinks of averages: the state with this block's evictions beside the state without them
         self.sink_values = torch.zeros(sink_shape if options.fuse else 0, dtype=precise, device=device)
@@ -106,15 +123,17 @@ class ContextCache:
         self.ledger: TokenLedger | None = None
         self.spare: tuple[torch.Tensor, torch.Tensor] | None = None
         if options.budget is not None:
-            self.ledger = TokenLedger(options, self.keys, self.tokens_per_frame, importance, max_reuse)
+            self.ledger = TokenLedger(
+                options, self.keys, self.tokens_per_frame, importance, max_reuse, self.in_place
+            )
             self.spare = torch.zeros_like(self.keys), torch.zeros_like(self.values)
         self.latents = torch.zeros(batch, options.window, *latent_shape, dtype=dtype, device=device)
         self.sink_latents = torch.zeros(batch, options.sink, *latent_shape, dtype=dtype, device=device)
-        self.rotated_at: dict[int, float] = {}  # frame -> position its stored key is rotated at
+        self.rotated_at: dict[int, float] = {}  # frame -> position at which its key is attended
+        self.written_at: dict[int, float] = {}  # ... and is stored: elsewhere where it is turned on load
         self.reencoded: tuple[int, torch.Tensor] | None = (
             None  # a frame, and latents in the place of its clean ones
         )
-        self.attention = attention_backend(attention)
         self._own: list[tuple[slice, slice]] = []
         self._frozen_runs = 0  # of `_own`: written by the first forward only
         self._rotation: Rotation
@@ -122,6 +141,11 @@ class ContextCache:
         self._length = 0
         self._mask: torch.Tensor | None = None
         self._key_scale: torch.Tensor | None = None
+        self._parts: list[PlannedPart] = []
+        self._decoded = False  # quantised layers have to be decoded before they are attended
+        self._slots: tuple[
+            torch.Tensor, torch.Tensor
+        ]  # of the block's frames, in its first forward and later
         self._raw_tokens = 0
         self._plan: BlockPlan
         self._begun: set[int] = set()  # layers that have seen the block's first forward
@@ -147,25 +171,30 @@ class ContextCache:
         frozen = contiguous_runs(slots[: plan.frozen], self.tokens_per_frame)
         self._own = frozen + contiguous_runs(slots, self.tokens_per_frame, plan.frozen)
         self._frozen_runs = len(frozen)
+        if self.companions is not PLAIN:
+            later = [-1] * plan.frozen + slots[plan.frozen :]
+            self._slots = self._integers(slots), self._integers(later)
         self._begun.clear()
         if self.options.fuse:
-            self._fuse(plan)
+            self._fuse(plan, anchor)
         if self.quantised is not None:  # now that evicted frames have been read
             self.quantised.begin([slot.slot for slot in plan.own], list(self.planner.slot_of.values()))
         if self.ledger is not None:
             self.ledger.begin(plan)
-        for slot in plan.window:
-            if slot.slot < self.sink_slots and slot not in plan.own:
-                position = slot.position + anchor
-                if (
-                    self.options.fuse or self.rotated_at[slot.frame] != position
-                ):  # also where it is NO_POSITION
-                    self._realign(slot, position, anchor)
-        self.rotated_at |= {slot.frame: slot.position + anchor for slot in plan.own}
-        self._choose_keys(plan)
+        for slot in self._shown_sink(plan) if not self.options.fuse else ():
+            if self.rotated_at[slot.frame] != slot.position + anchor:  # also where it is NO_POSITION
+                self._realign(slot, slot.position + anchor, anchor)
+        own = {slot.frame: slot.position + anchor for slot in plan.own}
+        self.rotated_at |= own
+        self.written_at |= own
+        self._choose_keys(plan, anchor)
         # raw keys are needed only while the block lies in slots that may be re-aligned
         raw_slots = [slot for slot in plan.own if slot.slot < self.sink_slots]
-        self._raw_tokens = len(raw_slots) * self.tokens_per_frame
+        self._raw_tokens = min(len(raw_slots) * self.tokens_per_frame, self.raw_keys.shape[2])
+
+    def _shown_sink(self, plan: BlockPlan) -> list[WindowSlot]:
+        """Finished frames of the sink whose positions may move."""
+        return [slot for slot in plan.window if slot.slot < self.sink_slots and slot not in plan.own]
 
     def _anchor(self, plan: BlockPlan) -> float:
         """What to add to a plan's positions so that the latest finished frame stays where its key is rotated."""
@@ -177,8 +206,16 @@ class ContextCache:
         stays = own.frame in self.planner.slot_of
         return (self.rotated_at.get(own.frame, own.frame) if stays else own.frame) - own.position
 
-    def _turn(self, positions: Iterable[float]) -> Rotation:
-        return rotation(list(positions), *self.grid, self.head_dim, self.device, self.temporal)
+    def _turn(self, positions: Iterable[float], anchor: float = 0.0) -> Rotation:
+        """Of the tokens of frames; one at NO_POSITION is as before rotation, where positions begin at `anchor`."""
+        places = list(positions)
+        at = [anchor if math.isnan(position) else position for position in places]
+        by = rotation(at, *self.grid, self.head_dim, self.device, self.temporal)
+        for index, position in enumerate(places):
+            if math.isnan(position):  # nor has it a row and a column
+                flat = rotation([anchor], 1, 1, self.head_dim, self.device, self.temporal)
+                by.cos[self._span(index)], by.sin[self._span(index)] = flat
+        return by
 
     def _span(self, slot: int) -> slice:
         return slice(slot * self.tokens_per_frame, (slot + 1) * self.tokens_per_frame)
@@ -190,35 +227,68 @@ class ContextCache:
         return self.keys[:, :, self._span(slot)], self.values[:, :, self._span(slot)]
 
     def _realign(self, slot: WindowSlot, position: float, anchor: float) -> None:
-        """Rotate a sink slot's raw key to a new position, in all layers; to none, where it has no position."""
-        raw_keys = self.raw_keys if self._fused_for is None else self.fused_keys
-        by = self._turn([position])
-        if math.isnan(position):  # `anchor` is where positions begin
-            by = rotation([anchor], 1, 1, self.head_dim, self.device, self.temporal)
-        span = self._span(slot.slot)
-        self._stored(slot.slot)[0].copy_(rotate(raw_keys[:, :, span], by))
+        """Attend a sink slot at a new position: its raw key is rotated there in all layers, or all keys on load."""
         self.rotated_at[slot.frame] = position
+        if not self.in_place:
+            by, span = self._turn([position], anchor), self._span(slot.slot)
+            self._stored(slot.slot)[0].copy_(rotate(self.raw_keys[:, :, span], by))
+            self.written_at[slot.frame] = position
 
-    def _fuse(self, plan: BlockPlan) -> None:
-        """Let what the block evicts change the sink, once per block."""
+    def _fuse(self, plan: BlockPlan, anchor: float) -> None:
+        """Let what the block evicts change the sink, once per block, and write the sink where it is attended."""
         if not plan.fused:
             self._fused_for = None
-        elif self._fused_for != plan.block:  # a block that starts again has overwritten what it evicted
-            self.fused_keys.copy_(self.raw_keys)
-            self.fused_values.copy_(self.sink_values)
-            self._fused_latents.clear()
-            kept_frames = self.planner.live_frames[: self.options.sink]
-            ranks = {self.planner.slot_of[frame]: rank for rank, frame in enumerate(kept_frames)}
-            frame_in = {self.planner.slot_of[frame]: frame for frame in plan.evicted}
-            for evicted, sink in plan.fused:
-                kept = 0.0 if plan.overwrites else self._kept(ranks[sink], frame_in[evicted])
-                self._mix(evicted, sink, self._turn([self.rotated_at[frame_in[evicted]]]), kept)
+        # a block that starts again has overwritten what it evicted
+        meet = bool(plan.fused) and self._fused_for != plan.block
+        average, fused = (self.raw_keys, self.sink_values), (self.fused_keys, self.fused_values)
+        meetings = self._meetings(plan) if meet else None
+        if meet:
             self._fused_for = plan.block
-        own = {slot.slot for slot in plan.own}
-        values = self.sink_values if self._fused_for is None else self.fused_values
-        for slot in plan.window:
-            if slot.slot < self.sink_slots and slot.slot not in own:
-                self._stored(slot.slot)[1].copy_(values[:, :, self._span(slot.slot)])
+        elif plan.fused:
+            average = fused
+        shown = {slot.slot: slot for slot in self._shown_sink(plan)}
+        at = {slot.frame: slot.position + anchor for slot in shown.values()}
+        self.rotated_at |= at
+        self.written_at |= at
+        sink = range(self.sink_slots)
+        by = self._turn((at[shown[slot].frame] if slot in shown else 0.0 for slot in sink), anchor)
+        placed = self._integers([int(slot in shown) for slot in sink])
+        self.companions.fuse_sink(average, meetings, self._all_stored(), by, placed)
+
+    def _meetings(self, plan: BlockPlan) -> Meetings:
+        """What the plan evicts, and which of it every sink frame meets."""
+        self._fused_latents.clear()
+        kept_frames = self.planner.live_frames[: self.options.sink]
+        ranks = {self.planner.slot_of[frame]: rank for rank, frame in enumerate(kept_frames)}
+        frame_in = {self.planner.slot_of[frame]: frame for frame in plan.evicted}
+        met = []
+        for evicted, sink in plan.fused:
+            kept = 0.0 if plan.overwrites else self._kept(ranks[sink], frame_in[evicted])
+            met.append((sink, evicted, sinks.shares(kept, self.latents.shape[0])))
+        met.sort(key=lambda meeting: meeting[0])  # the order of what one sink frame meets stays
+        buffer, place = self._all_stored(), {slot: slot for slot in frame_in}
+        if self.quantised is not None:
+            spans = [self.quantised.span(slot) for slot in frame_in]
+            buffer = torch.cat([keys for keys, _ in spans], 2), torch.cat([values for _, values in spans], 2)
+            place = {slot: index for index, slot in enumerate(frame_in)}
+        back = self._turn(self.rotated_at[frame_in[evicted]] for _, evicted, _ in met)
+        return Meetings(
+            buffer,
+            (self.fused_keys, self.fused_values),
+            self._integers([sum(s < sink for s, *_ in met) for sink in range(self.sink_slots + 1)]),
+            self._integers([place[evicted] for _, evicted, _ in met]),
+            torch.stack([shares for *_, shares in met]).to(self.device),
+            Rotation(back.cos, -back.sin),
+        )
+
+    def _integers(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=self.device)
+
+    def _all_stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all layers in one buffer that has the sink's slots first."""
+        if self.quantised is not None:
+            return self.quantised.full[0].flatten(2, 3), self.quantised.full[1].flatten(2, 3)
+        return self.keys, self.values
 
     def _kept(self, rank: int, frame: int) -> float | torch.Tensor:
         """Share of a sink frame that stays when it meets an evicted frame; its latents follow where it is replaced."""
@@ -241,53 +311,104 @@ class ContextCache:
             else:
                 average[:, :, target].mul_(kept).add_(new, alpha=1 - kept)
 
-    def _choose_keys(self, plan: BlockPlan) -> None:
-        """How far the buffer is attended, and the mask or bias of its keys, and their scale."""
-        attended = sorted(slot.slot for slot in plan.window)
-        self._length = (attended[-1] + 1) * self.tokens_per_frame
+    def _choose_keys(self, plan: BlockPlan, anchor: float) -> None:
+        """How far the buffer is attended, and the mask or bias of its keys, and their scale; or the parts that are."""
+        self._length = (max(slot.slot for slot in plan.window) + 1) * self.tokens_per_frame
+        replay = plan.own[0].frame in self.planner.slot_of
+        past_bias = 1.0 if replay else self.past_bias
+        weights = key_weights(plan, past_bias, self.trained_frames, self.far_decay, self.far_scale)
         self._mask = self._key_scale = None
-        dead = len(attended) <= attended[-1]
-        bias = {}
-        if self.past_bias != 1.0 and plan.own[0].frame not in self.planner.slot_of:  # not in replays
-            bias = {slot.slot: math.log(self.past_bias) for slot in plan.window[1:] if slot not in plan.own}
-        far = self._far(plan)
-        if self.far_decay != 1.0:
-            bias |= {slot: bias.get(slot, 0.0) + math.log(self.far_decay) for slot in far}
-        if self.far_scale != 1.0 and far:  # a scaled key scales its scores
-            scale = torch.ones(attended[-1] + 1, dtype=self.keys.dtype, device=self.device)
-            scale[far] = self.far_scale
-            self._key_scale = scale.repeat_interleave(self.tokens_per_frame)[:, None, None]
-        if bias:
-            added = torch.full((attended[-1] + 1,), float("-inf"), dtype=self.keys.dtype, device=self.device)
-            added[attended] = torch.tensor([bias.get(slot, 0.0) for slot in attended]).to(added)
-            self._mask = added.repeat_interleave(self.tokens_per_frame)
-        elif dead:
-            alive = torch.zeros(attended[-1] + 1, dtype=torch.bool, device=self.device)
-            alive[attended] = True
-            self._mask = alive.repeat_interleave(self.tokens_per_frame)
-        if self._mask is not None and plan.empty:
-            unbiased = torch.full((plan.empty * self.tokens_per_frame,), not bias).to(self._mask)
-            self._mask = torch.cat([self._mask, unbiased])
+        if self.in_place:
+            self._parts = self._plan_parts(plan, anchor, *weights)
+        else:
+            self._mask, self._key_scale = key_mask(
+                plan, *weights, self.tokens_per_frame, self.keys.dtype, self.device
+            )
 
-    def _far(self, plan: BlockPlan) -> list[int]:
-        """Slots of frames that the trained window did not reach; compressed tokens are nowhere."""
-        if self.trained_frames is None:
-            return []
-        nearest = plan.own[-1].position - self.trained_frames
-        return [slot.slot for slot in plan.window if slot.position <= nearest]
+    def _plan_parts(
+        self, plan: BlockPlan, anchor: float, bias: dict[int, float], gain: dict[int, float]
+    ) -> list[PlannedPart]:
+        """The window as the kernel reads it. Two bits are not decoded on load, nor is a block whose first frames stay as
+        they are in the cache: then all slots lie in the scratch buffer."""
+        own = [slot.slot for slot in plan.own]
+        quantised = self.quantised
+        self._decoded = quantised is not None and (not quantised.decoded_on_load or plan.frozen > 0)
+        seen = []
+        for slot in plan.window:
+            buffer, index = "window", slot.slot
+            if quantised is not None and not self._decoded and slot.slot not in own:
+                buffer, index = quantised.where(slot.slot)
+            turn = None if slot.frame < 0 else self._on_load(slot.frame, anchor)
+            weights = bias.get(slot.slot, 0.0), gain.get(slot.slot, 1.0)
+            seen.append(Seen(buffer, index, *weights, turn))
+        seen += [Seen("empty", index) for index in range(plan.empty)]
+        return plan_parts(seen, self.tokens_per_frame, self.device)
+
+    def _on_load(self, frame: int, anchor: float = 0.0) -> Rotation | None:
+        """What turns a frame's stored keys to where they are attended: one angle for its tokens, or each its own."""
+        here, there = self.written_at[frame], self.rotated_at[frame]
+        if here == there or math.isnan(here):
+            return None
+        if not math.isnan(there):
+            return rotation([there - here], 1, 1, self.head_dim, self.device, self.temporal)
+        (cos, sin), (to_cos, to_sin) = self._turn([here]), self._turn([there], anchor)
+        return Rotation(cos * to_cos + sin * to_sin, cos * to_sin - sin * to_cos)
 
     def attend(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
     ) -> torch.Tensor:
         """Write the block's keys and values into its slots, then attend the window (`AttentionContext`)."""
-        return self.attention(*self.seen(*self.write(layer, q_BLHD, k_BLHD, v_BLHD)), self._mask)
+        return self._attend(layer, *self.write(layer, q_BLHD, k_BLHD, v_BLHD))
+
+    def attend_projected(self, layer: int, q_BLC, k_BLC, v_BLC, norm_q, norm_k) -> torch.Tensor:
+        """`attend` of projections and the norms of queries and keys: in the steady state one pass writes them."""
+        one_pass = self.companions.norm_rotate_write
+        compresses = (
+            self._plan.compressed_from and layer not in self._begun
+        )  # needs the keys beside the window
+        if one_pass is PLAIN.norm_rotate_write or self._raw_tokens or compresses:
+            q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (norm_q(q_BLC), norm_k(k_BLC), v_BLC))
+            return self.attend(layer, q, k, v)
+        into = self._storage(layer)
+        weights, turns = (norm_q.weight, norm_k.weight), (self._query_rotation, self._rotation)
+        slots = self._slots[layer in self._begun]
+        query = one_pass(q_BLC, k_BLC, v_BLC, weights, norm_q.eps, turns, into, slots)
+        if self.ledger is not None:
+            self.ledger.remember(layer, query)
+        return self._attend(layer, query, *self._written(layer, *into))
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of rotated queries over the window, whose front (or all but quantised slots of it) is given."""
+        if not self.in_place:
+            return self.attention(*self.seen(query, keys, values), self._mask)
+        parts = []
+        for part in self._parts:
+            if part.buffer == "window":
+                parts.append(part.of(keys, values))
+            elif part.buffer == "empty":  # zero keys and values, which take no memory
+                shape = (len(query), self._plan.empty * self.tokens_per_frame, *query.shape[2:])
+                nothing = query.new_zeros(1, 1, 1, self.head_dim).expand(shape)
+                parts.append(part.of(nothing, nothing))
+            elif self.quantised is not None:
+                parts.append(part.of(*self.quantised.buffer(part.buffer, layer)))
+        return windowed_attention(query, parts, backend="triton").out_BLHD
 
     def write(
         self, layer: int, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Write the block's keys and values into its slots: its rotated query, and keys and values of the window."""
         query, key = rotate(q_BLHD, self._query_rotation), rotate(k_BLHD, self._rotation)
-        keys, values = self._buffer(layer, query, key, v_BLHD)
+        if self.ledger is not None and self.spare is not None:
+            if self._plan.compressed_from and layer not in self._begun:
+                stored, spare = (
+                    (self.keys[layer], self.values[layer]),
+                    (self.spare[0][layer], self.spare[1][layer]),
+                )
+                self.ledger.compress(layer, self._plan, query, (key, v_BLHD), stored, spare)
+            self.ledger.remember(layer, query)
+        keys, values = self._storage(layer)
         for source, target in self.runs(layer):
             keys[:, target] = key[:, source]
             values[:, target] = v_BLHD[:, source]
@@ -297,10 +418,22 @@ class ContextCache:
                 self.raw_keys[layer][:, target.start : stop] = k_BLHD[:, kept]
                 if self.options.fuse:
                     self.sink_values[layer][:, target.start : stop] = v_BLHD[:, kept]
+        return query, *self._written(layer, keys, values)
+
+    def _storage(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Buffers of a layer that the block's keys and values are written to, slot by slot."""
+        if self.quantised is not None:
+            return self.quantised.layer(layer, decoded=self._decoded or not self.in_place)
+        if self.spare is not None and self._plan.compressed_from:
+            return self.spare[0][layer], self.spare[1][layer]
+        return self.keys[layer], self.values[layer]
+
+    def _written(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
+        """The block's are in the buffers: the front of them that is attended."""
         if self.quantised is not None:
             self.quantised.keep(layer, [slot.slot for slot in self._plan.own])
         self._begun.add(layer)
-        return query, keys[:, : self._length], values[:, : self._length]
+        return keys[:, : self._length], values[:, : self._length]
 
     def runs(self, layer: int) -> list[tuple[slice, slice]]:
         """Token slices (in the block, in the buffer) that the next forward writes."""
@@ -324,21 +457,6 @@ class ContextCache:
             keys, values = F.pad(keys, missing), F.pad(values, missing)
         return query, keys, values
 
-    def _buffer(self, layer: int, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer; a block that finds the window full compresses them in its first forward."""
-        if self.quantised is not None:
-            return self.quantised.layer(layer)
-        stored = self.keys[layer], self.values[layer]
-        if self.ledger is None or self.spare is None:
-            return stored
-        if self._plan.compressed_from:
-            spare = self.spare[0][layer], self.spare[1][layer]
-            if layer not in self._begun:
-                self.ledger.compress(layer, self._plan, query, (key, value), stored, spare)
-            stored = spare
-        self.ledger.remember(layer, query)
-        return stored
-
     def commit(self, plan: BlockPlan, latents_BCFHW: torch.Tensor) -> None:
         """The block's keys are those of its context pass: it joins the window with its clean latents."""
         clean = latents_BCFHW.transpose(1, 2).to(self.latents.dtype)
@@ -357,7 +475,7 @@ class ContextCache:
                 (self.keys, self.values), self.spare = self.spare, (self.keys, self.values)
             self.ledger.commit(plan)
         self.planner.commit(plan)
-        self.rotated_at = {frame: self.rotated_at[frame] for frame in self.planner.slot_of}
+        self._forget_positions()
 
     def clean_latents(self, plan: BlockPlan) -> torch.Tensor:
         """Clean latents `[B, C, F, H, W]` of the plan's own frames, for a replay."""
@@ -386,7 +504,7 @@ class ContextCache:
     def clear(self) -> None:
         """Back to the beginning: an empty window, block 0."""
         self.planner = WindowPlanner(self.options)
-        self.rotated_at = {}
+        self.rotated_at, self.written_at = {}, {}
         self._fused_for, self._fused_latents = None, {}
         for part in (self.ledger, self.quantised):
             if part is not None:
@@ -410,6 +528,7 @@ class ContextCache:
             "tensors": {name: getattr(self, name) for name in names},
             "planner": self.planner.state_dict(),
             "rotated_at": dict(self.rotated_at),
+            "written_at": dict(self.written_at),
             "fused_for": fused_for,
             "fused_latents": dict(self._fused_latents) if fused_for is not None else {},
             "ledger": None if compact or self.ledger is None else self.ledger.state_dict(),
@@ -419,7 +538,7 @@ class ContextCache:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         copy_into(vars(self), state["tensors"])
         self.planner.load_state_dict(state["planner"])
-        self.rotated_at = dict(state["rotated_at"])
+        self.rotated_at, self.written_at = dict(state["rotated_at"]), dict(state["written_at"])
         self._fused_for, self._fused_latents = state["fused_for"], dict(state["fused_latents"])
         for part, saved in ((self.ledger, state["ledger"]), (self.quantised, state["quantised"])):
             if part is not None and saved is not None:
@@ -441,7 +560,13 @@ class ContextCache:
         for plan in self.planner.replay(with_sink=not self.options.fuse):
             self.begin(plan)
             replay(plan)
-        self.rotated_at = {frame: self.rotated_at[frame] for frame in self.planner.slot_of}
+        self._forget_positions()
+
+    def _forget_positions(self) -> None:
+        """Of frames that are no longer in the window."""
+        for at in (self.rotated_at, self.written_at):
+            for frame in at.keys() - self.planner.slot_of.keys():
+                del at[frame]
 
     def latest_latents(self) -> torch.Tensor:
         """Clean latents `[B, C, F, H, W]` of the scene's last frames, as many as a window holds."""
@@ -458,30 +583,10 @@ class ContextCache:
         """
         pairs = [self._stored(self.planner.slot_of[frame]) for frame in frames]
         keys, values = (torch.cat([pair[part][layer] for pair in pairs], 1) for part in (0, 1))
+        for index, by in enumerate(self._on_load(frame) for frame in frames if rotated):
+            if by is not None:
+                keys[:, self._span(index)] = rotate(keys[:, self._span(index)], by)
         if not rotated:
-            at = [self.rotated_at[frame] for frame in frames]
-            by = self._turn(0.0 if math.isnan(position) else position for position in at)
-            unrotated = torch.tensor([math.isnan(position) for position in at], device=keys.device)
-            unrotated = unrotated.repeat_interleave(self.tokens_per_frame)[:, None, None]
-            keys = torch.where(unrotated, keys, rotate(keys, Rotation(by.cos, -by.sin)))
+            by = self._turn(self.written_at[frame] for frame in frames)
+            keys = rotate(keys, Rotation(by.cos, -by.sin))
         return keys, values
-
-
-def contiguous_runs(slots: Sequence[int], tokens_per_frame: int, first: int = 0) -> list[tuple[slice, slice]]:
-    """Token slices (in the block, in the buffer) of runs of neighbouring slots: usually one, two where the ring wraps.
-
-    The block's frames before `first` are left out.
-    """
-    runs: list[list[int]] = []
-    for slot in slots[first:]:
-        if runs and slot == runs[-1][-1] + 1:
-            runs[-1].append(slot)
-        else:
-            runs.append([slot])
-    pieces, start = [], first * tokens_per_frame
-    for run in runs:
-        length = len(run) * tokens_per_frame
-        first = run[0] * tokens_per_frame
-        pieces.append((slice(start, start + length), slice(first, first + length)))
-        start += length
-    return pieces

@@ -10,8 +10,9 @@
 | kivi2 | 2 bits with a zero point (KIVI, arXiv 2402.02750) | keys: per channel of a frame; values: per token and head |
 
 The sink and the block being denoised stay in full precision, with kivi2 the last finished block too.
-`QuantisedKV` keeps them. Attention reads one layer's window at a time from a scratch buffer, so a layer is decoded in every
-forward: memory is saved, time is not. Keys are stored rotated, as everywhere here (KIVI's are stored before rotation).
+`QuantisedKV` keeps them. The windowed-attention kernel (backend triton) decodes int8 and fp8 as it loads them. Every other
+backend, and kivi2, reads one layer's window at a time from a scratch buffer, so a layer is decoded in every forward: memory
+is saved, time is not. Keys are stored rotated, as everywhere here (KIVI's are stored before rotation).
 """
 
 from __future__ import annotations
@@ -174,9 +175,34 @@ class QuantisedKV:
                 part[:, :, slot] = encoded
         return place
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, `[B, slots * T, H, D]`, in the scratch buffer: good until the next call."""
-        for codec, parts, full, scratch in zip(self.codecs, self.parts, self.full, self.scratch, strict=True):
+    @property
+    def decoded_on_load(self) -> bool:
+        """Whether the windowed-attention kernel can decode it; FP8 needs the number format in the device."""
+        if not all(isinstance(codec, Scaled) for codec in self.codecs):
+            return False
+        eight_bits = self.parts[0][0]
+        if eight_bits.dtype == torch.int8 or not eight_bits.is_cuda:
+            return True
+        return torch.cuda.get_device_capability(eight_bits.device) >= (8, 9)
+
+    def where(self, slot: int) -> tuple[str, int]:
+        """Name of the buffer that a finished slot lies in (of `buffer`), and its index there."""
+        return ("full", self.place[slot]) if slot in self.place else ("encoded", slot)
+
+    def buffer(self, name: str, layer: int) -> tuple[torch.Tensor, ...]:
+        """Keys and values of a layer `[B, slots * T, H, D]`; of `encoded` with the scales of both."""
+        if name == "full":
+            return self.full[0, layer].flatten(1, 2), self.full[1, layer].flatten(1, 2)
+        numbers, scales = ([part[n][layer].flatten(1, 2) for part in self.parts] for n in (0, 1))
+        return *numbers, *scales
+
+    def layer(self, layer: int, decoded: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, `[B, slots * T, H, D]`, in the scratch buffer: good until the next call.
+
+        Not `decoded`, there is just room for those of a block.
+        """
+        each = zip(self.codecs, self.parts, self.full, self.scratch, strict=True)
+        for codec, parts, full, scratch in each if decoded else ():
             scratch.copy_(codec.decode([part[layer] for part in parts]))
             for slot, place in self.place.items():
                 scratch[:, slot] = full[layer, :, place]

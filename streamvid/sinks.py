@@ -75,3 +75,11 @@ def sink_update(
     if name == "memory":
         return memories(memory_decays)
     return refresh(refresh_below) if name == "adaptive" else average(decay)
+
+
+def shares(kept: float | torch.Tensor, videos: int) -> torch.Tensor:
+    """What stays and what the evicted frame gives, float32 `[B, 2]`."""
+    if isinstance(kept, torch.Tensor):
+        stays = kept.flatten().float()
+        return torch.stack([stays, 1 - stays], -1)
+    return torch.tensor([[kept, 1 - kept]]).expand(videos, 2)

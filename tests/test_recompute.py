@@ -116,8 +116,8 @@ def test_the_bias_on_the_past_is_not_in_what_is_written_anew():
     stream = start(**{**KREA, "window": 9}, past_bias=0.3)  # its past is more than one group
     masks, choose = [], stream.cache._choose_keys
 
-    def noting(plan):
-        choose(plan)
+    def noting(plan, anchor):
+        choose(plan, anchor)
         mask = stream.cache._mask  # boolean where only dead slots are left out
         masks.append((plan.own[0].frame, mask is not None and mask.is_floating_point()))
 

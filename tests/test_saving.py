@@ -83,7 +83,7 @@ SCRATCH = {
     "PromptKeys": {"pipe", "latest"},
     "Mailbox": {"_lock", "_taken"},
     "ContextCache": {"_own", "_rotation", "_length", "_mask", "_raw_tokens", "_plan", "_begun", "_frozen_runs",
-                     "_query_rotation", "_key_scale", "spare",
+                     "_query_rotation", "_key_scale", "spare", "companions", "_slots", "_parts", "_decoded",
                      "fused_keys", "fused_values", "sink_update", "attention"},
     "TokenLedger": {"spare_ids", "spare_uses", "scores", "selected"},
     "QuantisedKV": {"scratch", "codecs"},

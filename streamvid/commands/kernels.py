@@ -4,9 +4,11 @@ from __future__ import annotations
 
 
 def add(commands) -> None:
-    command = commands.add_parser("kernels", help="attention backends on this machine")
+    command = commands.add_parser("kernels", help="attention backends and fused kernels on this machine")
     actions = command.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="compare every backend with the reference here, and time it")
+    check = actions.add_parser(
+        "check", help="compare every backend and kernel with plain PyTorch here, and time it"
+    )
     check.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     check.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     check.set_defaults(run=run)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from streamvid.context import ContextCache
+from streamvid.errors import UserError
 from streamvid.methods import Method
 from streamvid.noise import NoiseSource
 from streamvid.rope import rotate, rotation
@@ -45,6 +46,8 @@ class GradedContext:
     """
 
     def __init__(self, cache: ContextCache, past: Sequence[dict[int, KeyValue]] = ()):
+        if cache.in_place:
+            raise UserError("attention backend = triton has no gradient: choose another, or auto")
         self.cache, self.past = cache, past
         self.then = copy(cache)  # with what `begin` made for this forward; the next `begin` makes new ones
         self.plan = cache._plan

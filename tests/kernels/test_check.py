@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from streamvid.kernels import attention, check
+from streamvid.kernels import attention, check, companions
 from streamvid.kernels.attention import BACKENDS, Backend, chosen, reference, unavailable
+from streamvid.kernels.companions import PLAIN, Companions
 
 from streamvid.cli import main
 from streamvid.errors import UserError
@@ -20,6 +21,10 @@ def small_and_forgotten(monkeypatch):
     """Little to time, and nothing stays disabled after a test."""
     monkeypatch.setattr(check, "TIMED", {"cpu": (1, 8, 8, 1, 16), "cuda": (1, 64, 64, 1, 64)})
     monkeypatch.setattr(attention, "_disabled", {})
+    monkeypatch.setattr(companions, "_disabled", {})
+
+
+ONE = {"window": (1, 5, 9, 1, 16, "")}
 
 
 def wrong(q, k, v, mask=None):
@@ -50,7 +55,7 @@ def test_a_wrong_backend_is_told_and_disabled(monkeypatch, capsys):
     monkeypatch.setattr(check, "BACKENDS", {"sdpa": BACKENDS["sdpa"], "bad": Backend(wrong)})
     monkeypatch.setitem(BACKENDS, "bad", Backend(wrong))
     assert main(["kernels", "check", "--device", "cpu", "--dtype", "float32"]) == 1
-    sdpa_line, bad_line = capsys.readouterr().out.splitlines()[2:]
+    sdpa_line, bad_line = capsys.readouterr().out.splitlines()[2:4]
     assert sdpa_line.split()[:2] == ["sdpa", "right"] and float(sdpa_line.split()[-1]) > 0
     assert bad_line.split()[:2] == ["bad", "wrong"] and "of the largest output, allowed" in bad_line
     with pytest.raises(
@@ -71,11 +76,62 @@ def test_a_backend_that_breaks_or_returns_no_number_is_wrong(monkeypatch):
 
 
 def test_all_are_checked(monkeypatch, capsys):
-    monkeypatch.setattr(check, "PROBLEMS", {"window": (1, 5, 9, 1, 16, "")})
+    monkeypatch.setattr(check, "PROBLEMS", ONE)
+    monkeypatch.setattr(check, "OPTIONS", ("plain",))
     assert main(["kernels", "check", "--device", "cpu", "--dtype", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "attention on cpu in float32, against float64"
-    assert [line.split()[0] for line in lines[2:]] == list(BACKENDS)
+    assert lines[0] == "attention and fused kernels on cpu in float32, against float64"
+    assert [line.split()[0] for line in lines[2:]] == [*BACKENDS, *Companions._fields]
+
+
+DROPPED = {"bias": {"bias": None}, "gain": {"gain": None}, "phase": {"phase": None}, "parts": {}}
+
+
+@pytest.mark.parametrize("option", DROPPED)
+def test_a_windowed_attention_that_drops_an_option_is_found(monkeypatch, option):
+    windowed_triton = pytest.importorskip("streamvid.kernels.windowed_triton")
+    monkeypatch.setattr(check, "PROBLEMS", ONE)
+    monkeypatch.setattr(check, "OPTIONS", ("plain", option))
+    assert check.check_backend("triton", "cpu", torch.float32).verdict == "right"
+    right = windowed_triton.attend
+
+    def deaf(q, parts):
+        return right(q, [part._replace(**DROPPED[option]) for part in parts[:1]])
+
+    monkeypatch.setattr(windowed_triton, "attend", deaf)
+    found = check.check_backend("triton", "cpu", torch.float32)
+    assert found.verdict == "wrong" and found.note.startswith(f"windowed, {option}: off by")
+    assert "is disabled" in unavailable("triton")
+
+
+def test_a_wrong_kernel_is_told_and_its_twin_serves(monkeypatch, capsys):
+    companions_triton = pytest.importorskip("streamvid.kernels.companions_triton")
+    monkeypatch.setattr(check, "BACKENDS", {"sdpa": BACKENDS["sdpa"]})
+    monkeypatch.setattr(
+        companions_triton, "gated_sum", lambda x, y, gate: 1.001 * PLAIN.gated_sum(x, y, gate)
+    )
+    monkeypatch.setattr(companions_triton, "fuse_sink", lambda *given: None)  # writes nothing
+    assert main(["kernels", "check", "--device", "cpu", "--dtype", "float32"]) == 1
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    verdicts = {name: rows[name].split()[1] for name in Companions._fields}
+    assert [name for name, verdict in verdicts.items() if verdict == "wrong"] == ["gated_sum", "fuse_sink"]
+    assert "of the largest output, allowed 1.0e-05" in rows["gated_sum"]
+    serving = companions.companions("triton", "cpu")
+    assert serving.gated_sum is PLAIN.gated_sum and serving.modulated_norm is not PLAIN.modulated_norm
+    companions._disabled.clear()
+    with pytest.warns(
+        UserWarning, match="fused kernel gated_sum is disabled, it computes something wrong here"
+    ):
+        check.verify("triton", "cpu", torch.float32)
+
+
+def test_on_a_gpu_kernels_are_compared_before_they_serve(monkeypatch):
+    asked = []
+    monkeypatch.setattr(check, "verify_companions", lambda *given: asked.append(given))
+    companions._verify.cache_clear()
+    for _ in range(2):
+        companions.companions("auto", "cuda:7")
+    assert asked == [(torch.device("cuda:7"), torch.bfloat16)]
 
 
 def test_verifying_before_a_run(monkeypatch):
