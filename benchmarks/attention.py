@@ -53,6 +53,7 @@ def options(k, v, tokens: int, frames: int, device: str) -> dict[str, list[Part]
             plain._replace(runs=torch.tensor(shuffled, dtype=torch.int32, device=device))
         ],
         "bias": [plain._replace(bias=torch.linspace(-1, 0, frames, device=device))],
+        "gain": [plain._replace(gain=torch.linspace(0.9, 1, frames, device=device))],
         "phase": [plain._replace(phase=rotation(range(frames), 1, 1, k.shape[-1], device))],
         "int8": [Part(k8, v8, runs, tokens, k_scale=k_scale, v_scale=v_scale)],
         "two parts": [
@@ -90,7 +91,7 @@ def tune(dtype: torch.dtype, repeats: int) -> None:
     results = []
     for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
         try:
-            spent = milliseconds(lambda sizes=sizes: attend(q, parts, None, Tile(*sizes)), "cuda", repeats)
+            spent = milliseconds(lambda sizes=sizes: attend(q, parts, Tile(*sizes)), "cuda", repeats)
         except Exception as error:  # too much shared memory
             print(sizes, type(error).__name__)
             continue

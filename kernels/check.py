@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ def check_backend(name: str, device, dtype: torch.dtype, timed: bool = True) -> 
         worst = max(worst, (error / allowed, allowed, label))
     for option in OPTIONS if name == "triton" else ():  # what the windowed attention can do beyond a backend
         label = f"windowed, {option}"
-        error, baseline = _tried(f"{label}", lambda o=option: window_errors(o, Sizes(), device, dtype))
+        error, baseline = _tried(label, partial(window_errors, option, Sizes(), device, dtype))
         allowed = max(ROUNDING[dtype], 2 * baseline)
         worst = max(worst, (error / allowed, allowed, label))
     note = f"refuses {', '.join(refused)}" if refused else ""
@@ -139,7 +140,7 @@ def check_companion(name: str, device, dtype: torch.dtype, timed: bool = True) -
     if reason:
         return Check(name, "not here", note=reason)
     told = f"fused kernel {name}"
-    error, baseline = _tried(told, lambda: companion_errors(name, Sizes(), device, dtype))
+    error, baseline = _tried(told, partial(companion_errors, name, Sizes(), device, dtype))
     allowed = max(ROUNDING[dtype], 2 * baseline)
     if not error <= allowed:
         note = f"off by {error:.1e} of the largest output, allowed {allowed:.1e}"

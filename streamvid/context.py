@@ -143,9 +143,7 @@ class ContextCache:
         self._key_scale: torch.Tensor | None = None
         self._parts: list[PlannedPart] = []
         self._decoded = False  # quantised layers have to be decoded before they are attended
-        self._slots: tuple[
-            torch.Tensor, torch.Tensor
-        ]  # of the block's frames, in its first forward and later
+        self._slots: tuple[torch.Tensor, torch.Tensor]  # of the block's frames: first forward, later ones
         self._raw_tokens = 0
         self._plan: BlockPlan
         self._begun: set[int] = set()  # layers that have seen the block's first forward
@@ -247,6 +245,8 @@ class ContextCache:
         elif plan.fused:
             average = fused
         shown = {slot.slot: slot for slot in self._shown_sink(plan)}
+        if not shown and not meet:
+            return
         at = {slot.frame: slot.position + anchor for slot in shown.values()}
         self.rotated_at |= at
         self.written_at |= at
@@ -299,17 +299,6 @@ class ContextCache:
         if isinstance(kept, torch.Tensor):
             self._fused_latents[rank] = torch.where(kept > 0, old, new)
         return kept
-
-    def _mix(self, evicted: int, sink: int, at: Rotation, kept: float | torch.Tensor) -> None:
-        """`kept * sink + (1 - kept) * evicted`, of keys turned back and of values; slots, in all layers."""
-        target = self._span(sink)
-        rotated, values = (stored.to(self.raw_keys.dtype) for stored in self._stored(evicted))
-        keys = rotate(rotated, Rotation(at.cos, -at.sin))
-        for average, new in ((self.fused_keys, keys), (self.fused_values, values)):
-            if isinstance(kept, torch.Tensor):
-                average[:, :, target] = torch.where(kept > 0, average[:, :, target], new)
-            else:
-                average[:, :, target].mul_(kept).add_(new, alpha=1 - kept)
 
     def _choose_keys(self, plan: BlockPlan, anchor: float) -> None:
         """How far the buffer is attended, and the mask or bias of its keys, and their scale; or the parts that are."""

@@ -70,13 +70,13 @@ class Seen(NamedTuple):
     """A frame as a block attends it.
 
     Attributes:
-        buffer, index: where its keys and values are: name of a buffer, and which of its frames.
+        buffer, place: where its keys and values are: name of a buffer, and which of its frames.
         bias, gain: what is added to its scores, and what multiplies them before.
         turn: turns its keys on load: one row for all of its tokens, or one each; None: they are not turned.
     """
 
     buffer: str
-    index: int
+    place: int
     bias: float = 0.0
     gain: float = 1.0
     turn: Rotation | None = None
@@ -104,9 +104,7 @@ def plan_parts(seen: Sequence[Seen], frame_tokens: int, device: torch.device | s
     for (buffer, rows), group in groupby(ordered, key=kind):
         at = {frame.place: frame for frame in group}
         frames = [at.get(place, Seen(buffer, place)) for place in range(max(at) + 1)]
-        tokens = (
-            1 if rows > 1 else frame_tokens
-        )  # of what turns by one angle, which is what a part calls a frame
+        tokens = 1 if rows > 1 else frame_tokens  # of what turns by one angle: a frame of the part
         repeats = frame_tokens // tokens
         runs = [[run.start, run.stop - run.start] for _, run in contiguous_runs(sorted(at), frame_tokens)]
         facts: dict[str, Any] = {
