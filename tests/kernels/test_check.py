@@ -106,7 +106,9 @@ def test_a_windowed_attention_that_drops_an_option_is_found(monkeypatch, option)
 
 def test_a_wrong_kernel_is_told_and_its_twin_serves(monkeypatch, capsys):
     companions_triton = pytest.importorskip("streamvid.kernels.companions_triton")
-    monkeypatch.setattr(check, "BACKENDS", {"sdpa": BACKENDS["sdpa"]})
+    monkeypatch.setattr(check, "BACKENDS", {name: BACKENDS[name] for name in ("sdpa", "triton")})
+    monkeypatch.setattr(check, "PROBLEMS", ONE)
+    monkeypatch.setattr(check, "OPTIONS", ("plain",))
     monkeypatch.setattr(
         companions_triton, "gated_sum", lambda x, y, gate: 1.001 * PLAIN.gated_sum(x, y, gate)
     )
