@@ -253,7 +253,10 @@ def _stored(case: Case, stream: VideoStream) -> Tensors:
     tokens = cache.ledger._tokens(slots)
     got: Tensors = {}
     for layer in range(len(cache.keys)):
-        got[f"cache/{layer}/k"] = cache.keys[layer][:, tokens]
+        keys = cache.keys[layer][:, tokens]
+        if sink:  # may be turned on load
+            keys[:, : len(sink) * cache.tokens_per_frame] = cache.stored(layer, sink)[0]
+        got[f"cache/{layer}/k"] = keys
         got[f"cache/{layer}/v"] = cache.values[layer][:, tokens]
         got[f"cache/{layer}/token_id"] = cache.ledger.ids[layer][:, tokens]
     return got
