@@ -86,10 +86,11 @@ def method_lines() -> str:
         return "No table is stored yet: `python -m streamvid.evaluation.method_table --output docs/method_table.json`."
     result = json.loads(METHODS.read_text())
     videos = result["prompts"] * len(result["seeds"])
+    unit = "prompts" if all("by_prompt" in row for row in result["methods"]) else "videos"
     return "\n".join(
         [
             f"{result['model']}, {result['prompts']} held-out prompts, seeds {result['seeds']}: {videos} videos of 60 s per "
-            "method, the prompt changes at 10 s; means and 95% intervals over videos "
+            f"method, the prompt changes at 10 s; means and 95% intervals over {unit} "
             "(`python -m streamvid.evaluation.method_table --prompts "
             f"{result['prompts']} --seeds {' '.join(map(str, result['seeds']))} --output docs/method_table.json`):",
             "",

@@ -10,7 +10,6 @@ import numpy as np
 
 from streamvid.evaluation import stats
 from streamvid.evaluation.charts import ARROWS, STYLE, dot
-from streamvid.evaluation.report import shown
 
 LEGEND = (
     "Mean ± half the 95% interval over prompts. Bold: the best. ·: not told apart from the best (paired by prompt, "
@@ -19,9 +18,9 @@ LEGEND = (
 PAGE_STYLE = (
     STYLE
     + """
-body { max-width: 92rem; } p, ul { max-width: 60rem; } #board { font-size: 14px; }
+body { max-width: 100rem; } p, ul { max-width: 60rem; } #board { font-size: 14px; }
 #board th { cursor: pointer; vertical-align: bottom; } #board th:hover { text-decoration: underline; }
-#board td { vertical-align: top; } #board td small { display: block; max-width: 22rem; white-space: normal; }
+#board td { vertical-align: top; } #board td small { display: block; width: 16rem; white-space: normal; line-height: 1.3; }
 #board td.best { font-weight: 700; background: #3d836133; } #board td.equal { background: #3d836118; }
 #board svg { display: block; margin-left: auto; }
 """
@@ -61,8 +60,8 @@ class Cell:
     def text(self) -> str:
         if not self.half:
             return f"{self.value:.4g}"
-        bounds = [self.value - self.half, self.value + self.half]
-        return f"{shown(self.value, bounds)} ± {shown(self.half, bounds)}"
+        digits = int(np.clip(1 - np.floor(np.log10(self.half)), 0, 6))  # two of the interval
+        return f"{self.value:.{digits}f} ± {self.half:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,13 @@ def marks(means: Sequence[Mapping[str, float]], better: str) -> list[str]:
         pair = [np.array([means[j][g] for g in shared]) for j in (best, i)]
         tests.append(stats.paired(pair[0], pair[1], better).p)
     adjusted = dict(zip(others, stats.holm(tests), strict=True))
-    return [
-        "best" if i == best else "equal" if adjusted.get(i, 0.0) >= 0.05 else "" for i in range(len(means))
-    ]
+
+    def mark(i: int) -> str:
+        if values[i] is not None and values[i] == values[best]:
+            return "best"
+        return "equal" if adjusted.get(i, 0.0) >= 0.05 else ""
+
+    return [mark(i) for i in range(len(means))]
 
 
 def markdown(board: Board) -> str:

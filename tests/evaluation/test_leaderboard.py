@@ -39,7 +39,11 @@ def test_best_and_what_cannot_be_told_from_it():
     worse = {p: 0.5 + 0.01 * i for i, p in enumerate(prompts)}
     assert marks([worse, {**best, "p0": 1.01}, equal, {}], "up") == ["", "best", "equal", ""]
     assert marks([worse, best], "down") == ["best", ""] and marks([worse, best], "") == ["", ""]
-    assert marks([{}, {}], "up") == ["", ""]
+    assert marks([{}, {}], "up") == ["", ""] and marks([best, dict(best), worse], "up") == [
+        "best",
+        "best",
+        "",
+    ]
 
 
 def test_a_page_from_a_table_of_methods(tmp_path, capsys):
