@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from streamvid.training.options import TrainerOptions
 from streamvid.training.stage import Stage
@@ -71,13 +72,22 @@ def describe(stage: Stage, options: TrainerOptions) -> list[str]:
             f"{work.what}: {work.times:g} x {work.queries:,} tokens attending {work.keys:,}"
             f"{' with backward' if work.backward else ''}, {work.flops / 1e12:.4g} TFLOP"
         )
-    if works:
-        flops = options.accumulate * sum(work.flops for work in works)
-        run_flops = flops * options.steps
-        lines.append(
-            f"a step on one process: {flops / 1e12:.4g} TFLOP; {options.steps} steps: {run_flops / 1e15:.4g} PFLOP"
-        )
+    flops = options.accumulate * (sum(work.flops for work in works) if works else counted_flops(stage))
+    lines.append(
+        f"a step on one process: {flops / 1e12:.4g} TFLOP{'' if works else ', counted in one that was made'}; "
+        f"{options.steps} steps: {flops * options.steps / 1e15:.4g} PFLOP"
+    )
     return lines
+
+
+def counted_flops(stage: Stage) -> float:
+    """Of a micro-batch, forward and backward, by PyTorch's count: for stages of other networks, which do not say."""
+    stage.train()
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = stage(stage.batch(0, 0, 0))
+        loss.backward()
+    stage.zero_grad()
+    return counter.get_total_flops()
 
 
 def mean_window(plans: Sequence[BlockPlan]) -> float:

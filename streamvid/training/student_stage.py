@@ -26,6 +26,7 @@ from streamvid.errors import UserError
 from streamvid.sampler import few_step_block
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.text import encode_prompts
+from streamvid.training.dry_run import Work, mean_window
 from streamvid.training.latents import BLOCKS, FIRST_BLOCKS, FRAMES_PER_BLOCK, Clips, load_clips
 from streamvid.training.model_stage import initialise
 from streamvid.training.trainer import Stage
@@ -318,6 +319,27 @@ class StudentStage(Stage):
         chosen = torch.randperm(len(steps))[: self.noisy_streams]
         sigma = torch.tensor(self.scheduler.step_sigmas)[chosen]
         return torch.cat(own, 2), noisy[:, chosen], sigma[None, :, None].expand(shape[0], -1, shape[2])
+
+    def work(self) -> list[Work]:
+        """Of a mean step once rollouts have begun."""
+        model, share = self.transformer, self.first_block_share
+        rows, columns = model.token_grid(*self.clips.latents.shape[-2:])
+        frame, streams = rows * columns, self.noisy_streams
+        block, keys = FRAMES_PER_BLOCK * frame, round(mean_window(self.plans) * frame)
+        whole = self.batch_size * (1 + streams) * BLOCKS * block
+        forwards = BLOCKS * (len(self.scheduler.steps) + 1)
+        first = self.first_block_batch * 2 * streams * block
+        return [
+            Work("first blocks", model, share, first, block, True),
+            Work(
+                "rollouts without gradient",
+                model,
+                self.rollout_share * forwards,
+                self.batch_size * block,
+                keys,
+            ),
+            Work("clips beside real and own contexts", model, 1 - share, whole, keys, True),
+        ]
 
     # --- validation -------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from streamvid.cli import main
-from streamvid.training.dry_run import Work, forward_flops
+from streamvid.training.dry_run import Work, counted_flops, describe, forward_flops
+from streamvid.training.options import TrainerOptions
 from streamvid.training.run import train
+from streamvid.training.stage import Stage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"
 
@@ -75,6 +77,31 @@ def test_measured_steps_tell_how_long_a_run_takes_and_train_nothing(
     assert "--measure-steps needs --dry-run" in capsys.readouterr().err
     assert main([*command[:-2], "--timing", "x"]) == 2
     assert "--timing needs --measure-steps" in capsys.readouterr().err
+
+
+def test_stages_that_do_not_say_are_counted():
+    class Lines(Stage):
+        def __init__(self):
+            super().__init__()
+            self.line = torch.nn.Linear(4, 5)
+
+        def trainable(self):
+            return self.line
+
+        def batch(self, seed, step, process):
+            return {"x": torch.ones(3, 4)}
+
+        def forward(self, batch):
+            return self.line(batch["x"]).sum(), {}
+
+    stage = Lines()
+    assert counted_flops(stage) == 2 * (2 * 3 * 4 * 5)  # forward, and backward by the weight
+    assert stage.line.weight.grad is None
+    told = describe(stage, TrainerOptions(output="x", steps=1000, accumulate=2))[-1]
+    assert (
+        "a step on one process: 4.8e-10 TFLOP, counted in one that was made; 1000 steps: 4.8e-10 PFLOP"
+        in told
+    )
 
 
 def test_jobs_have_nothing_to_describe(tmp_path, capsys):

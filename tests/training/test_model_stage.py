@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from streamvid.kernels.attention import attention_backend
 
 from streamvid.errors import UserError
 from streamvid.models import load_pipeline
@@ -36,6 +37,23 @@ def test_where_the_weights_come_from(model_folder, other):
     config = dict(tiny.transformer().config) | {"num_layers": 1}
     new = stage(model_folder, transformer={k: v for k, v in config.items() if not k.startswith("_")})
     assert len(new.transformer.blocks) == 1
+
+
+def test_the_attention_of_all_networks_and_new_ones_begin_as_the_identity(model_folder, prompt_file):
+    model = {"folder": model_folder, "attention": "reference"}
+    made = SelfForcingStage(model, prompt_file, rollout={"frames": 12, "supervised": 12})
+    for network in (made.transformer, made.teacher.model, made.critic.score.model):
+        assert network.attention_name == "reference"
+    assert made.clips._stream(made.method, ["a fox"], [0], 1).cache.attention is attention_backend(
+        "reference"
+    )
+    with pytest.raises(UserError, match="attention backend = 'fox' is not known"):
+        stage(model_folder, attention="fox")
+    config = {k: v for k, v in tiny.transformer().config.items() if not k.startswith("_")}
+    new = stage(model_folder, transformer=config)
+    with torch.no_grad():
+        predicted = new.denoiser.model(tiny.clip(0, 3), torch.tensor([500.0]), new.encode(["a fox"])).sample
+    assert not predicted.any()  # the output projection starts at zero
 
 
 def test_the_schedule_the_method_and_the_size(model_folder):

@@ -257,6 +257,32 @@ def test_the_frozen_encoder_has_no_dropout(stage):
 # --- losses ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_work_of_a_step_is_the_tokens_that_it_sends_through_the_network(stage):
+    """With all steps of one kind, counted at the network's input; with gradient and without."""
+    for kind, shares in (
+        ("first block", (1.0, 0.0)),
+        ("teacher forcing", (0.0, 0.0)),
+        ("rollout", (0.0, 1.0)),
+    ):
+        made = stage(batch_size=3, first_block_batch=5, first_block_share=shares[0], rollout_share=shares[1])
+        rows, columns = made.transformer.token_grid(*made.clips.latents.shape[-2:])
+        seen = {True: 0, False: 0}
+        forward = made.transformer.forward
+
+        def count(
+            hidden_states=None, *arguments, seen=seen, forward=forward, size=rows * columns, **keywords
+        ):
+            if hidden_states is not None:
+                seen[torch.is_grad_enabled()] += hidden_states.shape[0] * hidden_states.shape[2] * size
+            return forward(hidden_states, *arguments, **keywords)
+
+        made.transformer.forward = count
+        made(prepared(made, kind, range(5 if kind == "first block" else 3)))
+        for backward in (True, False):
+            told = sum(work.times * work.queries for work in made.work() if work.backward == backward)
+            assert told == seen[backward], (kind, backward)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_clips(kind, stage):
     made = stage(context_noise=0.0)
