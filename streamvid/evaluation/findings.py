@@ -212,7 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         measured[arm.name] = values
         videos = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-        result["arms"].append({"name": arm.name, "model": arm.model, "measures": summary(videos)})
+        result["arms"].append(
+            {"name": arm.name, "model": arm.model, "measures": summary(videos, options.prompts)}
+        )
         result["questions"] = answers(questions, measured, options.prompts, len(options.seeds))
         with replace_atomically(options.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
