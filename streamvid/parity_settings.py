@@ -120,10 +120,28 @@ def _block_by_block(case: Case, streaming: dict) -> dict[str, Any]:
     if not isinstance(after_rope, bool):
         raise case.missing(f"cache.k_stored_after_rope = {after_rope!r}", "keys of both kinds in one cache")
     options = {"window": window, "positions": POSITIONS[after_rope]}
-    joined = _longlive(case) or "ema_decay" in streaming  # the sink is attended wherever it is
-    if not joined and streaming["sink_size"] <= capacity - window > 0:
-        options["sink"] = 0  # Self Forcing attends the end of its buffer, which the sink is out of
-    return options
+    return options | (_larger_buffer(case, streaming, window, after_rope) if window < capacity else {})
+
+
+def _larger_buffer(case: Case, streaming: dict, window: int, after_rope: bool) -> dict[str, Any]:
+    """A buffer that holds frames beside those that are attended: mostly, only what is attended matters."""
+    capacity, frames = streaming["cache_capacity_frames"], case.settings["latent"]["F"]
+    asked = f"streaming.cache_capacity_frames = {capacity}"
+    if frames <= window:
+        return {}
+    if not after_rope:
+        raise case.missing(
+            asked, f"ranks or evictions of a buffer that is larger than the {window} frames attended"
+        )
+    if _longlive(case):  # the sink is attended wherever it is
+        if streaming["local_attn_size"] != -1 and not streaming.get("global_sink", True):
+            raise case.missing(
+                asked, f"a new sink in a buffer that is larger than the {window} frames attended"
+            )
+        return {}
+    if frames > capacity and capacity - window < streaming["sink_size"]:
+        raise case.missing(asked, "a buffer whose last frames, which are attended, hold part of the sink")
+    return {"sink": 0}  # Self Forcing attends the end of its buffer
 
 
 def _averaged(case: Case, streaming: dict) -> dict[str, Any]:

@@ -273,10 +273,14 @@ def _compare(name: str, made: Tensors, case: Case, stream: VideoStream) -> Row:
         return compare_cache(name, case, stream, stored_frames(case) or stream.cache.planner.live_frames)
     recorded = case.outputs[name]
     live = made.get(f"live_after_switch/{parts[1]}") if family == "cache_after_switch" else None
-    if live is not None and case.settings["streaming"]["local_attn_size"] == -1:
-        # a buffer of all frames holds some that nothing attends
-        frames = recorded.unflatten(1, (-1, stream.cache.tokens_per_frame))
-        recorded = frames[:, live].flatten(1, 2)
+    if live is not None and len(live):
+        recorded = recorded.unflatten(1, (-1, stream.cache.tokens_per_frame))
+        count, end = recorded.shape[1], int(live[-1]) + 1
+        if count > len(live):  # a buffer that holds frames beside those that are attended
+            sink = case.settings["streaming"]["sink_size"]
+            slots = [*range(sink), *range(end - count + sink, end)]
+            recorded = recorded[:, [slots.index(frame) for frame in live.tolist()]]
+        recorded = recorded.flatten(1, 2)
     return compare(name, got, recorded, TOLERANCES.get(family, LATENTS))
 
 

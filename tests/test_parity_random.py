@@ -13,6 +13,7 @@ from released import Levels, Release, play, roll
 from released_network import Network, random_weights
 from safetensors.torch import load_file
 
+from streamvid.cli import main
 from streamvid.parity import run_case
 from streamvid.parity_case import Case
 
@@ -167,7 +168,21 @@ def drawn_settings(kind: str, draw: random.Random) -> dict:
             "global_sink": draw.random() < 0.5,
             "switch_frame_indices": switches(draw, streaming["blocks"], block),
         }
-    return streaming
+    return (
+        streaming if streaming["local_attn_size"] == -1 else streaming | other_buffer(kind, streaming, draw)
+    )
+
+
+def other_buffer(kind: str, streaming: dict, draw: random.Random) -> dict:
+    """Sometimes a buffer of another size than the span that is attended."""
+    window, sink, chance = streaming["local_attn_size"], streaming["sink_size"], draw.random()
+    if kind == "self_forcing" and chance < 0.3:
+        return {"cache_capacity_frames": window + max(1, sink) + draw.randint(0, 3)}
+    if kind == "longlive" and chance < 0.3 and streaming.get("global_sink", True):
+        return {"cache_capacity_frames": window + draw.randint(1, 4)}
+    if chance > 0.8 and "global_sink" not in streaming and kind != "deep_compression":
+        return {"local_attn_size": window + draw.randint(1, 3)}
+    return {}
 
 
 def record(folder: Path, kind: str, seed: int) -> None:
@@ -244,3 +259,10 @@ def test_random_settings_replay(tmp_path, kind, seed):
     rows = run_case(tmp_path)
     assert len(rows) == 1 + len(load_file(tmp_path / "outputs.safetensors"))
     assert [row.name for row in rows if not row.ok] == []
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in CASES}))
+def test_random_settings_replay_on_the_command_line(tmp_path, kind, capsys):
+    record(tmp_path, kind, 1)
+    assert main(["parity", str(tmp_path)]) == 0
+    assert "all within tolerance" in capsys.readouterr().out

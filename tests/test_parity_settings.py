@@ -45,7 +45,11 @@ LONGLIVE = COMMON | {
 NOT_DEEP = "a deep sink in a cache larger than local_attn_size"
 # every setting of a case -> another value, and what becomes of it
 CHANGES = {
-    "longlive_infinite": LONGLIVE,
+    "longlive_infinite": LONGLIVE
+    | {
+        "local_attn_size": (9, "ranks or evictions of a buffer that is larger than the 9 frames attended"),
+        "cache_capacity_frames": (15, "ranks or evictions of a buffer that is larger than the 12 frames"),
+    },
     "longlive_recache_global_sink": LONGLIVE
     | {
         "global_sink": (False, FAILS),
@@ -54,6 +58,8 @@ CHANGES = {
     },
     "longlive_recache_no_global_sink": LONGLIVE
     | {
+        "local_attn_size": (9, "a new sink in a buffer that is larger than the 9 frames attended"),
+        "cache_capacity_frames": (15, "a new sink in a buffer that is larger than the 12 frames attended"),
         "global_sink": (True, FAILS),
         "switch_frame_indices": ([7, 21], "frame is \\[9, 24\\], and the other settings give \\[9, 21\\]"),
         "switches_applied_at_frame": ([7, 24], "is \\[7, 24\\], and the other settings give \\[9, 24\\]"),
@@ -69,9 +75,9 @@ CHANGES = {
     },
     "reward_forcing": COMMON
     | {
-        "local_attn_size": (6, "streaming.evictions is 7, and the other settings give 8"),
+        "local_attn_size": (6, "ranks or evictions of a buffer that is larger than the 6 frames attended"),
         "sink_size": (2, FAILS),
-        "cache_capacity_frames": (12, "frames_in_slots has 9 frames"),
+        "cache_capacity_frames": (12, "ranks or evictions of a buffer that is larger than the 9 frames"),
         "ema_decay": (0.99, FAILS),
         "evictions": (8, "streaming.evictions is 8, and the other settings give 7"),
     },
@@ -128,7 +134,13 @@ def test_no_setting_is_ignored(tmp_path, name, key, capsys):
     ("name", "sections"),
     [
         # as above, where what was recorded beside them would refuse them first
-        ("reward_forcing", {"streaming": {"local_attn_size": 6, "evictions": 8}}),
+        (
+            "reward_forcing",
+            {
+                "streaming": {"local_attn_size": 6, "cache_capacity_frames": 6, "evictions": 8},
+                "cache": {"frames_in_slots": None},
+            },
+        ),
         ("reward_forcing", {"streaming": {"ema_decay": None, "evictions": None}}),
         ("reward_forcing", {"cache": {"k_stored_after_rope": True}}),
         ("deep_forcing_short_window", {"streaming": {"budget_frames": 11}, "cache": {"rolls": None}}),
@@ -207,6 +219,11 @@ def test_a_switch_is_rounded_up_to_a_block(tmp_path):
             "rolling_forcing",
             {"schedule": {"denoising_step_list": [1000, 500]}},
             "one block per level \\(2\\)",
+        ),
+        (
+            "longlive_sink",
+            {"reference": {"project": "?"}, "streaming": {"local_attn_size": 10}},
+            "part of the sink",
         ),
         # what does not follow
         (
