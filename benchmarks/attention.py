@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,8 +19,10 @@ import torch
 from streamvid.kernels.attention import BACKENDS, unavailable
 from streamvid.kernels.windowed import Part, windowed_attention
 
+from streamvid.bench import write_record
 from streamvid.io.manifest import environment
 from streamvid.kv_storage import codecs
+from streamvid.machine import machine, settle
 from streamvid.rope import rotation
 
 # block of 3 frames, window of 12, 1560 tokens a frame, 12 heads of 128; on a CPU something small
@@ -34,8 +35,7 @@ def milliseconds(run: Callable[[], object], device: str, repeats: int) -> float:
     for index in range(repeats + 3):
         began = time.perf_counter()
         run()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        settle(torch.device(device))
         if index >= 3:
             times.append(time.perf_counter() - began)
     return 1000 * statistics.median(times)
@@ -111,15 +111,9 @@ def main() -> None:
     dtype = getattr(torch, given.dtype)
     if given.tune:
         return tune(dtype, given.repeats)
-    result = {
-        **measure(given.device, dtype, given.repeats),
-        "dtype": given.dtype,
-        "environment": environment(),
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if given.output:
-        given.output.write_text(text + "\n")
+    measured = measure(given.device, dtype, given.repeats)
+    about = {**environment(given.device), "machine": machine(torch.device(given.device))}
+    write_record({"dtype": given.dtype, **measured, **about}, given.output)
 
 
 if __name__ == "__main__":

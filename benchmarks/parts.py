@@ -10,20 +10,16 @@ Denoising: benchmarks.naive, which does what the releases do, and a stream.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.end_to_end import PROMPT
+from streamvid.bench import PROMPT, write_record
 from streamvid.checkpoints import load_vae
 from streamvid.decoding import decode_to_bytes, decoder_state, latent_statistics
-from streamvid.io.files import replace_atomically
 from streamvid.io.manifest import environment
+from streamvid.machine import in_turns, machine
 from streamvid.methods import load_method
 from streamvid.models import DEFAULT_MODEL, load_pipeline, resolve_model
 from streamvid.noise import SeededNoise
@@ -35,15 +31,8 @@ from .naive import naive_blocks
 WARM_UP = 6
 
 
-def in_turns(routes: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of this thread's CPU time per call of each route."""
-    times: dict[str, list[float]] = {name: [] for name in routes}
-    for _ in range(rounds + 1):
-        for name, route in routes.items():
-            began = time.thread_time()
-            route()
-            times[name].append(time.thread_time() - began)
-    return {name: round(1000 * statistics.median(values[1:]), 2) for name, values in times.items()}
+def milliseconds(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(1000 * value, 2) for name, value in seconds.items()}
 
 
 @torch.no_grad()
@@ -69,7 +58,7 @@ def decoding(pipe, plain_vae, tiny, rounds: int) -> dict[str, Any]:
     routes = {"plain": plain, "exact": streamed(pipe.vae)}
     if tiny is not None:
         routes["tiny"] = streamed(tiny)
-    result: dict[str, Any] = in_turns(routes, rounds)
+    result: dict[str, Any] = milliseconds(in_turns(routes, rounds))
     result["plain"] = round(result["plain"] * 12 / 13, 2)  # it also makes the frame before
     result["exact_faster_than_plain"] = round(result["plain"] / result["exact"], 3)
     if tiny is not None:
@@ -91,7 +80,9 @@ def denoising(pipe, rounds: int) -> dict[str, Any]:
     for _ in range(WARM_UP):
         next(stream)
         next(naive)
-    result: dict[str, Any] = in_turns({"naive": lambda: next(naive), "stream": lambda: next(stream)}, rounds)
+    result: dict[str, Any] = milliseconds(
+        in_turns({"naive": lambda: next(naive), "stream": lambda: next(stream)}, rounds)
+    )
     result["stream_faster_than_naive"] = round(result["naive"] / result["stream"], 3)
     return result
 
@@ -113,13 +104,11 @@ def main() -> None:
     result = {
         "command": command + (f" --tiny {options.tiny}" if options.tiny else ""),
         **environment("cpu"),
+        "machine": machine(torch.device("cpu")),
         "decoding_ms_per_block": decoding(pipe, plain_vae, tiny, options.rounds),
         "denoising_ms_per_block": denoising(pipe, options.rounds),
     }
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    with replace_atomically(Path(options.output)) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    write_record(result, options.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the numbers of stored results into README.md and, of docs/, diorama.md, methods.md and evaluation.md.
+"""Write the numbers of stored results into README.md and, of docs/, diorama.md, methods.md, evaluation.md and speed.md.
 
 `python -m benchmarks.readme` writes, with `--check` it only compares.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import evaluation_pages
@@ -17,8 +18,16 @@ from streamvid.evaluation.adherence import table
 
 ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "benchmarks/results/end_to_end.json"
+PLANS = ROOT / "benchmarks/results/plans.json"
+WEIGHTS = ROOT / "benchmarks/results/weights.json"
 ADHERENCE = ROOT / "docs/diorama_adherence.json"
 METHODS = ROOT / "docs/method_table.json"
+
+
+def table_lines(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
 def speed_lines() -> str:
@@ -39,15 +48,117 @@ def speed_lines() -> str:
         ),
         ("peak memory", f"{result['peak_memory_mb']:.0f} MB"),
     ]
+    if "prompt_to_pixel" in result:
+        wait = result["prompt_to_pixel"]
+        rows.append(("prompt to pixel", f"p50 {wait['p50_ms']} ms, p95 {wait['p95_ms']} ms"))
     lines = [
         f"diorama, {machine['cores']} cores of {machine['processor']}, no GPU (`{result['command']}`; {result['warm_up']}; "
         f"load average before: {result['load_average_before']}):",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
+        *table_lines(["", ""], rows),
     ]
     return "\n".join(lines)
+
+
+def roofline_lines() -> str:
+    """What the embedded model reaches of the hardware's rates, and what the plan had said, from the same record."""
+    result = json.loads(SPEED.read_text())
+    if "roofline" not in result:
+        return "Not measured yet by this version of the command."
+    roof, plan = result["roofline"], result["plan"]
+    rows = [
+        (
+            stage,
+            f"{1000 * row['seconds_per_block']:.1f} ms",
+            f"{row['gflop_per_block']:.1f} GFLOP",
+            f"{row['traffic_mb_per_block']:.0f} MB",
+            f"{row['share_of_products']:.2f}",
+            f"{row['share_of_bandwidth']:.2f}",
+        )
+        for stage, row in roof.items()
+        if isinstance(row, dict)
+    ]
+    predicted = plan["predicted"]
+    return "\n".join(
+        [
+            f"diorama (`{result['command']}`), beside {roof['product_gflops']:.0f} GFLOP/s of a large product and "
+            f"{roof['bandwidth_gb_per_s']:.1f} GB/s of a copy, measured in the same run:",
+            "",
+            *table_lines(
+                ["a block", "time", "products", "traffic", "share of products", "share of bandwidth"], rows
+            ),
+            "",
+            f"`streamvid plan` had said {predicted['peak_memory_mb']:.0f} MB and {predicted['fps']:.0f} frames/s; it took "
+            f"{result['peak_memory_mb']:.0f} MB ({plan['memory_ratio']}x) and {plan['fps_ratio']}x the rate.",
+        ]
+    )
+
+
+def plan_lines() -> str:
+    """What published models take, as counted by `benchmarks.plans`."""
+    result = json.loads(PLANS.read_text())
+    rows = []
+    for plan in result["plans"]:
+        size, work = plan["bytes"], plan["flop_per_block"]
+        held = (
+            size["transformer"] + size["decoder"],
+            size["keys and values of the window"],
+            size["memory of the decoder"],
+            size["activations"],
+            size["a copy of the window at a prompt switch"],
+            plan["peak_bytes"],
+        )
+        rows.append(
+            [
+                f"{plan['model']}, {plan['method']}, {plan['decoder']}",
+                *(f"{value / 1e9:.2f}" for value in held),
+                f"{work['denoise'] / 1e12:.0f} + {work['decode'] / 1e12:.0f}",
+                f"{plan['estimated_frames_per_second']:.0f}",
+            ]
+        )
+    titles = [
+        "GB; model, method, decoder",
+        "weights",
+        "window",
+        "decoder's memory",
+        "activations",
+        "at a switch",
+        "peak",
+        "TFLOP per block",
+        "H100, estimated fps",
+    ]
+    return "\n".join(
+        [f"Counted by `{result['command']}`, text encoder on the CPU:", "", *table_lines(titles, rows)]
+    )
+
+
+def weight_lines() -> str:
+    """Formats of weights on a CPU and the two bars of the forward, as measured by `benchmarks.weights`."""
+    result = json.loads(WEIGHTS.read_text())
+    speed, memory = result["speed"], result["memory"]
+    rows = [
+        [name, row["cannot"]]
+        if "cannot" in row
+        else [name, f"{row['seconds']} s, {row['times_as_fast_as_native']}x", f"{row['share_of_matrix']:.2f}"]
+        for name, row in speed["formats"].items()
+    ]
+    rows = [[*row, ""][:3] for row in rows]
+    machine = result["machine"]
+    parts = [
+        f"By itself, {name} reaches {rate} GFLOP/s." for name, rate in speed.get("gflops_of", {}).items()
+    ]
+    return "\n".join(
+        [
+            f"One thread of {machine['processor']} (`{result['command']}`; load average {machine['load_average']}), a large "
+            f"bfloat16 product {speed['matrix_gflops']} GFLOP/s:",
+            "",
+            *table_lines(["weights", "forward", "share of the product"], rows),
+            "",
+            *parts,
+            f"Above weights and caches the forward held {memory['above_them_mb']} MB; one layer puts out "
+            f"{memory['one_layers_activations_mb']} MB.",
+        ]
+    )
 
 
 def quality_lines() -> str:
@@ -122,6 +233,9 @@ def main() -> int:
         (ROOT / "docs/methods.md", "methods", method_lines()),
         (ROOT / "docs/evaluation.md", "sensitivity", evaluation_pages.sensitivity_lines()),
         (ROOT / "docs/evaluation.md", "speed", evaluation_pages.speed_lines()),
+        (ROOT / "docs/speed.md", "roofline", roofline_lines()),
+        (ROOT / "docs/speed.md", "plans", plan_lines()),
+        (ROOT / "docs/speed.md", "weights", weight_lines()),
     ]
     stale = [path for path, name, content in targets if fill(path, name, content) != path.read_text()]
     if "--check" in sys.argv:

@@ -1,92 +1,205 @@
-"""Are smaller weights faster here? One transformer at 1.3B shapes with few layers, in bfloat16, INT8 and FP8 (torchao).
+"""A forward at the shapes of Wan 1.3B, with random weights and few layers: how fast, how large, in which number format.
 
-    python -m benchmarks.weights --layers 2 --frames 3 --output benchmarks/results/weights.json
+    python -m benchmarks.weights --layers 2 --output benchmarks/results/weights.json                  # on an idle machine
+    python -m benchmarks.weights --layers 1 --size 416x240 --rounds 2                                 # a minute
+    python -m benchmarks.weights --layers 30 --device cuda --output benchmarks/results/weights_cuda.json
 
-Beside it the rate of a large bfloat16 matrix product in the same run, to which the rate of the forward is compared. A format
-that torchao cannot run here is in the result with the reason.
+A block of three latent frames against a full window of LongLive. Two bars, in bfloat16: the forward reaches 70% of the rate
+of a large matrix product of the same run; and it holds no more than weights, caches and one layer's activations (what the
+modules of a layer and its two attentions put out, together). Then every format of streamvid.quantization; one that torchao
+cannot run here is in the result with the reason. On a CPU one thread's CPU time counts, in turns, so that a busy machine
+disturbs little.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from streamvid.bench import write_record
+from streamvid.commands.configuration import parse_size
+from streamvid.context import ContextCache
+from streamvid.errors import UserError
 from streamvid.io.manifest import environment
-from streamvid.transformer import CausalWanTransformer3DModel
+from streamvid.machine import fastest, giving_back, in_turns, machine, peak_memory, reset_peak, settle
+from streamvid.meter import Meter, size_of
+from streamvid.methods import load_method
+from streamvid.quantization import WEIGHTS, quantise
+from streamvid.specs import WAN_SPECS, random_weights
 
-FORMATS = {
-    "bfloat16": None,
-    "int8_weights": "Int8WeightOnlyConfig",
-    "int8": "Int8DynamicActivationInt8WeightConfig",
-    "fp8_weights": "Float8WeightOnlyConfig",
-    "fp8": "Float8DynamicActivationFloat8WeightConfig",
-}
+RATE_BAR = 0.7
 
 
-def seconds(run, repeats: int) -> float:
-    """The fastest of some runs after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+@dataclass
+class Problem:
+    """One forward, ready to run: a block at the end of a full window."""
 
+    model: Any
+    cache: ContextCache
+    inputs: dict[str, Any]
 
-def forward_flop(model, tokens: int, text: int) -> float:
-    """Multiplications and additions of a forward: linear layers, self- and cross-attention."""
-    config = model.config
-    dim = config.num_attention_heads * config.attention_head_dim
-    linear = (
-        2 * tokens * (6 * dim**2 + 2 * dim * config.ffn_dim)
-    )  # keys and values of the text are not part of it
-    return config.num_layers * (linear + 4 * tokens * (tokens + text) * dim)
+    def forward(self) -> None:
+        self.model(**self.inputs, context=self.cache)
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights, keys and values."""
+        prompt = self.inputs["prompt_kv"]
+        return size_of(self.model.parameters()) + self.cache.bytes + sum(map(size_of, prompt))
 
 
 @torch.no_grad()
+def problem(layers: int, width: int, height: int, device: torch.device, weights: str = "native") -> Problem:
+    torch.manual_seed(0)
+    spec, method, dtype = WAN_SPECS["1.3B"], load_method("longlive"), torch.bfloat16
+    model: Any = random_weights(spec.part("transformer", num_layers=layers), device, dtype)
+    config = model.config
+    latent = (config.in_channels, height // 8, width // 8)
+    cache = ContextCache(
+        method.window_options(),
+        layers,
+        config.num_attention_heads,
+        config.attention_head_dim,
+        model.token_grid(*latent[1:]),
+        latent,
+        dtype=dtype,
+        device=device,
+    )
+    frames = method.frames_per_block
+    x = torch.randn(1, latent[0], frames, *latent[1:], device=device).to(dtype)
+    for _ in range(method.window // frames):
+        plan = cache.planner.plan()
+        cache.begin(plan)
+        cache.commit(plan, x)
+    cache.begin(cache.planner.plan())
+    text = torch.randn(1, config.text_len, config.text_dim, device=device).to(dtype)
+    inputs = {
+        "hidden_states": x,
+        "timestep": torch.full((1, frames), 500.0, device=device),
+        "prompt_kv": model.prompt_kv(text),
+    }
+    quantise(model, weights)
+    return Problem(model, cache, inputs)
+
+
+@torch.no_grad()
+def counted(layers: int, width: int, height: int) -> tuple[int, int]:
+    """Products of the forward, and bytes of one layer's activations."""
+    meta = problem(layers, width, height, torch.device("meta"))
+    sizes: list[int] = []
+    block = meta.model.blocks[0]
+    leaves = [module for module in block.modules() if not list(module.children())]
+    hooks = [leaf.register_forward_hook(lambda *given: sizes.append(size_of([given[-1]]))) for leaf in leaves]
+    with Meter() as meter:
+        meta.forward()
+    for hook in hooks:
+        hook.remove()
+    tokens = meta.inputs["hidden_states"].shape[2] * meta.cache.tokens_per_frame
+    attended = 2 * tokens * meta.cache.keys.shape[-1] * meta.cache.keys.shape[-2] * meta.cache.keys.itemsize
+    return meter.flop, sum(sizes) + attended
+
+
+@torch.no_grad()
+def memory(layers: int, width: int, height: int, device: torch.device) -> dict[str, Any]:
+    """Most bytes of a second forward above what was there before it, beside one layer's activations."""
+    ready = problem(layers, width, height, device)
+    ready.forward()
+    settle(device)
+    with giving_back():
+        before = reset_peak(device)
+        ready.forward()
+        settle(device)
+        needed = peak_memory(device) - before
+    _, layer = counted(layers, width, height)
+    return {
+        "weights_and_caches_mb": round(ready.held / 1e6, 1),
+        "above_them_mb": round(needed / 1e6, 1),
+        "one_layers_activations_mb": round(layer / 1e6, 1),
+        "bar_reached": needed <= layer,
+    }
+
+
+@torch.no_grad()
+def speed(
+    layers: int, width: int, height: int, device: torch.device, rounds: int, side: int
+) -> dict[str, Any]:
+    """Rates of the forward in every format, of a large matrix product, and of what the forward is made of."""
+    square = torch.randn(side, side, device=device).bfloat16()
+    routes: dict[str, Any] = {"matrix": lambda: square @ square}
+    parts = pieces(problem(layers, width, height, device))
+    routes |= {name: run for name, (run, _) in parts.items()}
+    found: dict[str, Any] = {}
+    for name in WEIGHTS:
+        try:
+            ready = problem(layers, width, height, device, name)
+            ready.forward()
+        except (UserError, RuntimeError, AssertionError, NotImplementedError) as error:
+            found[name] = {"cannot": " ".join(str(error).split())[:200]}
+        else:
+            routes[name] = ready.forward
+    if device.type == "cpu":
+        seconds = in_turns(routes, rounds)
+    else:
+        seconds = {name: fastest(route, device, rounds) for name, route in routes.items()}
+    flop, _ = counted(layers, width, height)
+    product = 2 * side**3 / seconds.pop("matrix")
+    reached_by = {name: round(flop / seconds.pop(name) / 1e9, 1) for name, (_, flop) in parts.items()}
+    for name, spent in seconds.items():
+        found[name] = {
+            "seconds": round(spent, 4),
+            "gflops": round(flop / spent / 1e9, 1),
+            "share_of_matrix": round(flop / spent / product, 3),
+            "times_as_fast_as_native": round(seconds["native"] / spent, 3),
+        }
+    reached = found["native"]["share_of_matrix"] >= RATE_BAR
+    return {
+        "matrix_gflops": round(product / 1e9, 1),
+        "gflops_of": reached_by,
+        "bar": RATE_BAR,
+        "bar_reached": reached,
+        "formats": {name: found[name] for name in WEIGHTS},
+    }
+
+
+def pieces(ready: Problem) -> dict[str, tuple[Any, int]]:
+    """The two products that a forward mostly consists of, each with its multiplications and additions."""
+    layer, cache = ready.model.blocks[0].ffn.net[0].proj, ready.cache
+    tokens = ready.inputs["hidden_states"].shape[2] * cache.tokens_per_frame
+    x = torch.randn(1, tokens, layer.in_features, device=layer.weight.device).bfloat16()
+    query, keys, values = x.unflatten(-1, cache.keys.shape[-2:]), cache.keys[0], cache.values[0]
+    return {
+        "linear layer": (lambda: layer(x), 2 * tokens * layer.weight.numel()),
+        "attention": (lambda: cache.attention(query, keys, values), 4 * tokens * keys[0].numel()),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=3)
-    parser.add_argument("--height", type=int, default=60, help="latent rows")
-    parser.add_argument("--width", type=int, default=104, help="latent columns")
+    parser.add_argument("--size", default="832x480", help="pixels, width x height")
     parser.add_argument("--matrix", type=int, default=4096, help="side of the large matrix product")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    square = torch.randn(given.matrix, given.matrix, device=device).bfloat16()
-    product = 2 * given.matrix**3 / seconds(lambda: square @ square, given.repeats) / 1e9
-    result: dict = {"settings": {k: str(v) for k, v in vars(given).items()}, "matrix_gflops": product}
-    for name, config in FORMATS.items():
-        torch.manual_seed(0)
-        model = CausalWanTransformer3DModel(num_layers=given.layers).bfloat16().to(device).eval()
-        rows, columns = model.token_grid(given.height, given.width)
-        x = torch.randn(1, 16, given.frames, given.height, given.width, device=device).bfloat16()
-        prompt = model.prompt_kv(torch.randn(1, 512, 4096, device=device).bfloat16())
-        timestep = torch.full((1, given.frames), 500.0, device=device)
-        try:
-            if config is not None:
-                import torchao.quantization as quantization
-
-                quantization.quantize_(model.blocks, getattr(quantization, config)())
-            spent = seconds(lambda m=model, p=prompt, t=timestep, x=x: m(x, t, prompt_kv=p), given.repeats)
-        except Exception as error:  # whatever torchao says is the result
-            result[name] = {"cannot": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-            continue
-        rate = forward_flop(model, given.frames * rows * columns, 512) / spent / 1e9
-        result[name] = {"seconds": spent, "gflops": rate, "share_of_matrix": rate / product}
-    result["environment"] = environment()
-    text = json.dumps(result, indent=2)
-    print(text)
-    if given.output:
-        given.output.write_text(text + "\n")
+    device = torch.device(given.device)
+    torch.set_num_threads(1)
+    shape = (given.layers, *parse_size(given.size, WAN_SPECS["1.3B"]))
+    command = (
+        f"python -m benchmarks.weights --layers {given.layers} --size {given.size} --matrix {given.matrix}"
+    )
+    record = {
+        "command": f"{command} --rounds {given.rounds} --device {given.device}",
+        **environment(given.device),
+        "machine": machine(device),
+        "speed": speed(*shape, device, given.rounds, given.matrix),
+        "memory": memory(*shape, device),
+    }
+    write_record(record, given.output)
 
 
 if __name__ == "__main__":

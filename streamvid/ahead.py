@@ -29,7 +29,11 @@ BLOCKS_AHEAD = 2  # one in each half of the decoder
 
 def decodes_beside(pipe: StreamVidPipeline) -> bool:
     """Whether files are made that way: on a CPU decoding takes as long as denoising, and each keeps a core busy."""
-    return pipe.device.type == "cpu" and (os.cpu_count() or 1) > 1
+    return decodes_beside_on(pipe.transformer.device)
+
+
+def decodes_beside_on(device: torch.device) -> bool:
+    return device.type == "cpu" and (os.cpu_count() or 1) > 1
 
 
 def decode_ahead(stream: VideoStream) -> Iterator[Chunk]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from streamvid.commands import (
     app,
+    bench,
     compare,
     convert,
     eval,
@@ -19,12 +20,13 @@ from streamvid.commands import (
     kernels,
     methods,
     parity,
+    plan,
     script,
     train,
 )
 from streamvid.errors import UserError
 
-COMMANDS = (generate, app, script, info, methods, compare, eval, train, parity, kernels, convert)
+COMMANDS = (generate, app, script, info, methods, compare, eval, train, parity, kernels, plan, bench, convert)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -163,7 +163,10 @@ def to_bytes(pixels_BCTHW: torch.Tensor, patch_size: int | None = None) -> np.nd
     numbers = pixels_BCTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
     if patch_size is not None:
         numbers = unpatchify(numbers, patch_size=patch_size)
-    return numbers.permute(0, 2, 3, 4, 1).cpu().numpy()
+    frames = numbers.permute(0, 2, 3, 4, 1)
+    if frames.is_meta:  # nothing is computed, only counted (streamvid.plan)
+        return np.empty(frames.shape, np.uint8)
+    return frames.cpu().numpy()
 
 
 def _denormalised(vae: AutoencoderKLWan, latents_BCFHW: torch.Tensor) -> torch.Tensor:

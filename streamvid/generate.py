@@ -38,6 +38,8 @@ def generate(
     attention: str = "auto",
     check_attention: bool = False,
     decoder: str = "exact",
+    weights: str = "native",
+    text_encoder: str = "device",
     crf: int | None = None,
     contact_sheet: str | Path | None = None,
     image: str | Path | None = None,
@@ -79,9 +81,10 @@ def generate(
             raise UserError(f"contact sheet = {str(contact_sheet)!r} must be the name of a .png file")
         prepare_output_file(contact_sheet)
 
-    pipe = load_pipeline(model, device, dtype, decoder)
+    prompts = tuple(dict.fromkeys(shot.prompt for shot in script.shots))
+    pipe = load_pipeline(model, device, dtype, decoder, weights, text_encoder, prompts)
     if check_attention:
-        verify(attention, pipe.device, pipe.dtype)
+        verify(attention, pipe.transformer.device, pipe.transformer.dtype)
     beside = decodes_beside(pipe)
     seed = next((value for value in (seed, script.seed) if value is not None), 0)
     stream = pipe.stream(
@@ -103,7 +106,7 @@ def generate(
         print(format_timeline(stream.timeline))
     sheet = ContactSheet(stream.fps) if contact_sheet else None
     config = {"model": model, **asdict(stream.method), "dtype": str(pipe.transformer.dtype), "noise": noise}
-    config["decoder"] = decoder
+    config |= {"decoder": decoder, "weights": weights}
     config |= {name: str(given) for name, given in (("image", image), ("video", video)) if given is not None}
     with ExitStack() as stack:
         writer = stack.enter_context(open_writer(output, stream.fps, **options))
@@ -116,7 +119,7 @@ def generate(
                 seed=seed,
                 script=to_dict(script),
                 timeline=[asdict(shot) for shot in stream.timeline.shots],
-                device=str(pipe.device),
+                device=str(pipe.transformer.device),
             )
         )
         if sheet is not None and contact_sheet is not None:

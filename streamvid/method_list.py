@@ -5,17 +5,15 @@ print(format_methods(WAN["1.3B"]))
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
 from streamvid.context import ContextCache
-from streamvid.errors import UserError
 from streamvid.method_tables import aligned, budget_sum, window_options, window_sum
 from streamvid.methods import Method, load_method, method_names
-from streamvid.models import choose_device, choose_dtype, resolve_model
+from streamvid.models import choose_device, choose_dtype
+from streamvid.specs import WAN_SPECS, ModelSpec, model_spec
 
 PUBLISHED_LEVELS = 4  # denoising steps of the published students
 
@@ -59,11 +57,23 @@ class Shape:
         )
         return cache.bytes
 
+    @staticmethod
+    def of(spec: ModelSpec, dtype: torch.dtype) -> Shape:
+        """Of a model at its own size."""
+        config = spec.transformer
+        return Shape(
+            f"{spec.name} at {spec.height}x{spec.width}",
+            config["num_layers"],
+            config["num_attention_heads"],
+            config["attention_head_dim"],
+            (spec.height // spec.unit[0], spec.width // spec.unit[1]),
+            dtype,
+            len(spec.scheduler["denoising_steps"]),
+        )
+
 
 WAN = {
-    "1.3B": Shape("Wan2.1 1.3B at 480x832", 30, 12, 128, (30, 52)),
-    "14B": Shape("Wan2.1 14B at 480x832", 40, 40, 128, (30, 52)),
-    "5B": Shape("Wan2.2 5B at 704x1280", 30, 24, 128, (22, 40)),
+    size: replace(Shape.of(spec, torch.bfloat16), levels=PUBLISHED_LEVELS) for size, spec in WAN_SPECS.items()
 }
 
 
@@ -73,35 +83,7 @@ def model_shape(model: str) -> Shape:
     Raises:
         UserError: no such model on this machine.
     """
-    folder = Path(resolve_model(model))
-    if not folder.is_dir():
-        raise UserError(
-            f"model = {model!r} is not on this machine: give an embedded model or a folder, or --wan"
-        )
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        transformer, vae, scheduler = (
-            json.loads((folder / file).read_text())
-            for file in ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-        )
-        _, *patch = transformer["patch_size"]
-        ratio = 2 ** len(vae["temperal_downsample"]) * (vae.get("patch_size") or 1)
-        grid = index["height"] // ratio // patch[0], index["width"] // ratio // patch[1]
-        return Shape(
-            f"{model} at {index['height']}x{index['width']}",
-            transformer["num_layers"],
-            transformer["num_attention_heads"],
-            transformer["attention_head_dim"],
-            grid,
-            choose_dtype("auto", choose_device()),
-            len(scheduler["denoising_steps"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model = {model!r} has configurations that cannot be read ({type(error).__name__}: {reason}): "
-            "make it anew with `streamvid convert`"
-        ) from error
+    return Shape.of(model_spec(model), choose_dtype("auto", choose_device()))
 
 
 def _sampler(method: Method) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -15,12 +15,15 @@ import torch
 
 from streamvid.errors import UserError
 from streamvid.methods import load_method
+from streamvid.quantization import WEIGHTS, quantise
+from streamvid.text import encode_prompts
 from streamvid.world.probe import AttributeProbe
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 
 DEFAULT_MODEL = "diorama"
+TEXT_ENCODERS = ("device", "cpu", "free")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -110,7 +113,13 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def load_pipeline(
-    model: str = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto", decoder: str = "exact"
+    model: str = DEFAULT_MODEL,
+    device: str = "auto",
+    dtype: str = "auto",
+    decoder: str = "exact",
+    weights: str = "native",
+    text_encoder: str = "device",
+    prompts: Sequence[str] = (),
 ) -> StreamVidPipeline:
     """Load a model's pipeline.
 
@@ -118,23 +127,31 @@ def load_pipeline(
         model: an embedded model, a folder, or a hub id.
         device, dtype: `auto` chooses (`choose_device`, `choose_dtype`).
         decoder: `exact` (the VAE's), `tiny` (the model's folder `tiny_decoder`), or the path of another tiny decoder.
+        weights: of the transformer's blocks, `native` or one of `streamvid.quantization.WEIGHTS`.
+        text_encoder: where it lies: on the `device`; on the `cpu` beside a GPU; or `free`: it encodes `prompts` and makes
+            room before anything else is loaded, and no other prompts can be streamed.
     """
     from transformers import UMT5EncoderModel
 
-    from streamvid.checkpoints import load_transformer, load_vae
+    from streamvid.checkpoints import load_tokenizer, load_transformer, load_vae
     from streamvid.decoding import channels_last
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
     from streamvid.tiny_decoder import load_tiny_decoder
 
     source, target = resolve_model(model), choose_device(device)
     number = choose_dtype(dtype, target)
+    if weights not in WEIGHTS:
+        raise UserError(f"weights = {weights!r} is not known: choose one of {', '.join(WEIGHTS)}")
+    if text_encoder not in TEXT_ENCODERS or (text_encoder == "cpu" and target.type == "cpu"):
+        raise UserError(
+            f"text_encoder = {text_encoder!r} is not possible on {target}: choose one of {', '.join(TEXT_ENCODERS)}, "
+            "cpu only beside a GPU"
+        )
     try:
         with _quiet_libraries():
             folder = Path(source) if Path(source).is_dir() else Path(StreamVidPipeline.download(source))
             # not by `from_pretrained`, which goes on with random weights where tensors are missing
-            transformer = load_transformer(folder, dtype=number)
-            vae = channels_last(load_vae(folder, dtype=number))
-            text_encoder, report = UMT5EncoderModel.from_pretrained(
+            encoder, report = UMT5EncoderModel.from_pretrained(
                 folder / "text_encoder", dtype=number, output_loading_info=True
             )
             if report["missing_keys"]:
@@ -142,12 +159,29 @@ def load_pipeline(
                     f"{folder / 'text_encoder'} lacks {len(report['missing_keys'])} tensors "
                     f"({min(report['missing_keys'])}, ...): download it again"
                 )
-            parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+            embeddings = {}
+            if text_encoder == "free":
+                length = json.loads((folder / "transformer" / "config.json").read_text()).get("text_len", 512)
+                tokenizer, encoder = load_tokenizer(folder), encoder.to(target)
+                embeddings = {text: encode_prompts(tokenizer, encoder, [text], length)[0] for text in prompts}
+                encoder = None
+            parts = {
+                "transformer": load_transformer(folder, dtype=number),
+                "vae": channels_last(load_vae(folder, dtype=number)),
+                "text_encoder": encoder,
+            }
             place = folder / "tiny_decoder" if decoder == "tiny" else decoder
             tiny = None if decoder == "exact" else load_tiny_decoder(place, number)
             pipe = StreamVidPipeline.from_pretrained(folder, dtype=number, tiny_decoder=tiny, **parts)
             check_parts(pipe)
-            return pipe.to(target)
+            pipe.prompt_cache.limit = max(pipe.prompt_cache.limit, len(embeddings))
+            for text, embedding in embeddings.items():
+                pipe.prompt_cache.put(text, embedding)
+            pipe.to(target)
+            if text_encoder == "cpu":
+                pipe.text_encoder.to("cpu")
+            quantise(pipe.transformer, weights)
+            return pipe
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise for a broken or missing model
@@ -172,12 +206,13 @@ def check_parts(pipe: StreamVidPipeline) -> None:
             "student: make a model folder of one with `streamvid convert`"
         )
     config = pipe.transformer.config
+    text_width = None if pipe.text_encoder is None else pipe.text_encoder.config.d_model
     for given, expected, what, fix in (
         (pipe.vae.config.z_dim, config.in_channels, "vae has {} latent channels", "vae"),
         (config.out_channels, config.in_channels, "transformer has {} output channels", "transformer"),
-        (pipe.text_encoder.config.d_model, config.text_dim, "text_encoder has a width of {}", "text encoder"),
+        (text_width, config.text_dim, "text_encoder has a width of {}", "text encoder"),
     ):
-        if given != expected:
+        if given not in (None, expected):
             raise UserError(
                 f"{what.format(given)}, the transformer expects {expected}: give the {fix} of the same model"
             )

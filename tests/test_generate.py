@@ -400,3 +400,17 @@ def test_script_of_the_library_form_is_the_one_of_the_command(model, tmp_path):
 
     path = generate(load_script(STORY), tmp_path / "a.mp4", model=model, quiet=True)
     assert path == tmp_path / "a.mp4" and len(decoded(path)) == 57
+
+
+def test_options_of_memory(model, tmp_path, monkeypatch):
+    """What `streamvid plan` proposes is what the pipeline is loaded with."""
+    given = []
+
+    def load(*arguments):
+        given.extend(arguments)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr("streamvid.generate.load_pipeline", load)
+    options = ["--weights", "int8", "--text-encoder", "free", "--decoder", "tiny"]
+    assert main(["generate", STORY, "-o", str(tmp_path / "a.mp4"), "--model", model, *options]) == 2
+    assert given[3:] == ["tiny", "int8", "free", (FOX, SNOW)]

@@ -206,3 +206,23 @@ def test_no_tensor_may_be_missing(model, tmp_path):
         save_file(tensors, file, {"format": "pt"})
         with pytest.raises(UserError, match=name):
             load_pipeline(str(folder), "cpu", "float32")
+
+
+def test_a_text_encoder_that_encodes_the_script_and_makes_room(model):
+    whole = load_pipeline(str(model), "cpu", "float32")
+    freed = load_pipeline(
+        str(model), "cpu", "float32", text_encoder="free", prompts=["a red fox", "a blue cat"]
+    )
+    assert freed.text_encoder is None and whole.text_encoder is not None
+    one, other = (next(pipe.stream("a blue cat")).latents for pipe in (whole, freed))
+    assert torch.equal(one, other)
+    with pytest.raises(UserError, match="was not encoded before the text encoder was freed"):
+        freed.stream("a bird")
+
+
+def test_a_text_encoder_has_no_place_beside_a_cpu(model):
+    for place in ("cpu", "attic"):
+        with pytest.raises(
+            UserError, match=f"text_encoder = '{place}' is not possible on cpu: choose one of"
+        ):
+            load_pipeline(str(model), "cpu", text_encoder=place)

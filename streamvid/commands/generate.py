@@ -40,6 +40,16 @@ def add(commands) -> None:
         help="exact (the VAE's), tiny (several times cheaper, less exact), or the path of a tiny decoder",
     )
     command.add_argument(
+        "--weights",
+        default="native",
+        help="native, int8, int8_dynamic, fp8 or fp8_dynamic (streamvid[quantize])",
+    )
+    command.add_argument(
+        "--text-encoder",
+        default="device",
+        help="device, cpu (beside a GPU), or free (it encodes the script and makes room for the rest)",
+    )
+    command.add_argument(
         "--check-attention",
         action="store_true",
         help="compare the backend with the reference here before starting",
@@ -88,6 +98,8 @@ def run(options) -> None:
         attention=options.attention,
         check_attention=options.check_attention,
         decoder=options.decoder,
+        weights=options.weights,
+        text_encoder=options.text_encoder,
         crf=options.crf,
         contact_sheet=sheet,
         image=options.image,
