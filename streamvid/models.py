@@ -131,8 +131,6 @@ def load_pipeline(
         text_encoder: where it lies: on the `device`; on the `cpu` beside a GPU; or `free`: it encodes `prompts` and makes
             room before anything else is loaded, and no other prompts can be streamed.
     """
-    from transformers import UMT5EncoderModel
-
     from streamvid.checkpoints import load_tokenizer, load_transformer, load_vae
     from streamvid.decoding import channels_last
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -150,21 +148,13 @@ def load_pipeline(
     try:
         with _quiet_libraries():
             folder = Path(source) if Path(source).is_dir() else Path(StreamVidPipeline.download(source))
-            # not by `from_pretrained`, which goes on with random weights where tensors are missing
-            encoder, report = UMT5EncoderModel.from_pretrained(
-                folder / "text_encoder", dtype=number, output_loading_info=True
-            )
-            if report["missing_keys"]:
-                raise UserError(
-                    f"{folder / 'text_encoder'} lacks {len(report['missing_keys'])} tensors "
-                    f"({min(report['missing_keys'])}, ...): download it again"
-                )
-            embeddings = {}
+            encoder, embeddings = _text_encoder(folder, number), {}
             if text_encoder == "free":
                 length = json.loads((folder / "transformer" / "config.json").read_text()).get("text_len", 512)
                 tokenizer, encoder = load_tokenizer(folder), encoder.to(target)
                 embeddings = {text: encode_prompts(tokenizer, encoder, [text], length)[0] for text in prompts}
                 encoder = None
+            # not by `from_pretrained`, which goes on with random weights where tensors are missing
             parts = {
                 "transformer": load_transformer(folder, dtype=number),
                 "vae": channels_last(load_vae(folder, dtype=number)),
@@ -177,9 +167,10 @@ def load_pipeline(
             pipe.prompt_cache.limit = max(pipe.prompt_cache.limit, len(embeddings))
             for text, embedding in embeddings.items():
                 pipe.prompt_cache.put(text, embedding)
-            pipe.to(target)
             if text_encoder == "cpu":
-                pipe.text_encoder.to("cpu")
+                pipe.text_encoder = None  # not even for a moment on the device
+            pipe.to(target)
+            pipe.text_encoder = encoder
             quantise(pipe.transformer, weights)
             return pipe
     except UserError:
@@ -190,6 +181,21 @@ def load_pipeline(
             f"model = {model!r} cannot be loaded ({type(error).__name__}: {reason}): "
             "check its name and its files, or download it again"
         ) from error
+
+
+def _text_encoder(folder: Path, dtype: torch.dtype) -> Any:
+    """The text encoder of a model's folder; not one whose tensors are missing."""
+    from transformers import UMT5EncoderModel
+
+    encoder, report = UMT5EncoderModel.from_pretrained(
+        folder / "text_encoder", dtype=dtype, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise UserError(
+            f"{folder / 'text_encoder'} lacks {len(report['missing_keys'])} tensors "
+            f"({min(report['missing_keys'])}, ...): download it again"
+        )
+    return encoder
 
 
 def check_parts(pipe: StreamVidPipeline) -> None:
