@@ -168,9 +168,10 @@ def load_pipeline(
             for text, embedding in embeddings.items():
                 pipe.prompt_cache.put(text, embedding)
             if text_encoder == "cpu":
-                pipe.text_encoder = None  # not even for a moment on the device
-            pipe.to(target)
-            pipe.text_encoder = encoder
+                for part in filter(None, (pipe.transformer, pipe.vae, pipe.tiny_decoder)):
+                    part.to(target)
+            else:
+                pipe.to(target)
             quantise(pipe.transformer, weights)
             return pipe
     except UserError:
