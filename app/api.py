@@ -47,6 +47,9 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
+SAVED_BEFORE = "# The stream went on from a saved one, which this script does not bring back.\n"
+
+
 def add_routes(app: FastAPI, studio: Studio) -> None:
     """The API of `studio`, and its errors in one sentence."""
     app.include_router(server_routes(studio))
@@ -132,6 +135,11 @@ def stream_routes(studio: Studio) -> APIRouter:
     def close_stream(name: str) -> None:
         """Like DELETE, for a tab that is being closed, which can only post."""
         studio.remove(name)
+
+    @router.post("/{name}/stop", status_code=204)
+    def stop_stream(name: str) -> None:
+        """End it; its recording and script can still be had."""
+        studio.get(name).close("stopped")
 
     @router.post("/{name}/fork", status_code=201)
     def fork_stream(name: str) -> StreamOut:
@@ -220,7 +228,11 @@ def media_routes(studio: Studio) -> APIRouter:
         stream = studio.get(name)
         if not stream.history.shots:
             raise StreamEnded("nothing has been made yet: wait for the first chunk")
-        return _download(to_yaml(stream.script()).encode(), "streamvid.yaml", "application/yaml")
+        return _download(
+            (SAVED_BEFORE * stream.opening.resumed + to_yaml(stream.script())).encode(),
+            "streamvid.yaml",
+            "application/yaml",
+        )
 
     @router.get("/export.mp4", response_class=FileResponse, responses={200: {"content": {"video/mp4": {}}}})
     def export(name: str) -> FileResponse:

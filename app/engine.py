@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
+from streamvid.app.examples import EXAMPLES
 from streamvid.app.limits import Limits
 
 from streamvid.errors import UserError
 from streamvid.methods import Method, load_method, method_names
+from streamvid.saving import options_of
 from streamvid.script import Script
 from streamvid.script_fields import TRANSITIONS
 from streamvid.switching import switch_policy
@@ -68,6 +70,7 @@ class Opening:
     options: Mapping[str, Any]
     title: str | None = None
     scripted: bool = False
+    resumed: bool = False
     ahead: float | None = None
     linger: float | None = None
 
@@ -143,7 +146,17 @@ class PipelineEngine:
         self._check_method(stream.method)
         height, width = (side * self.pipe.spatial_ratio for side in stream.latent_size)
         seeds = getattr(stream.noise, "seeds", [0])
-        return Opening(lambda: stream, stream.fps, height, width, seeds[0], stream.method.name, {})
+        return Opening(
+            lambda: stream,
+            stream.fps,
+            height,
+            width,
+            seeds[0],
+            stream.method.name,
+            changed_options(stream.method),
+            scripted=stream.timeline is not None,
+            resumed=True,
+        )
 
     def _check_saved(self, path: Path) -> None:
         """Refuse what would be too large before it is allocated; what is damaged `load_stream` tells better."""
@@ -177,6 +190,10 @@ class PipelineEngine:
                 f"prompt = {text[:30]!r}... has {len(text)} characters: shorten it to {most}, which this server takes"
             )
         return text
+
+    def warm_up(self) -> None:
+        """Make a chunk, so that the first person does not wait for what a process pays only once."""
+        next(self.pipe.stream([EXAMPLES[0]["prompt"]]))
 
     def describe(self) -> dict[str, Any]:
         """What the page needs to draw its controls."""
@@ -229,6 +246,14 @@ class PipelineEngine:
 def even_steps(count: int) -> list[float]:
     """So many levels from 1000 down, evenly spaced."""
     return [1000.0 * (count - index) / count for index in range(count)]
+
+
+def changed_options(method: Method) -> dict[str, Any]:
+    """In what a method differs from the preset of its name."""
+    if method.name not in method_names():
+        return {}
+    preset = options_of(load_method(method.name))
+    return {name: value for name, value in options_of(method).items() if value != preset[name]}
 
 
 def check_policy(policy: str | None) -> None:

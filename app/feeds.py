@@ -134,7 +134,7 @@ async def socket(websocket: WebSocket, stream: LiveStream, player: str, first_ev
 
     async def send_all() -> None:
         await asyncio.gather(send_events(), send_video())
-        await websocket.close()
+        await asyncio.Event().wait()  # the page stays connected to what has ended, until it goes
 
     async def receive() -> None:
         while True:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from streamvid.app.history import History, Shot
 from streamvid.app.limits import Limits
 from streamvid.app.metrics import Metrics
 from streamvid.app.playout import PlayoutClock
-from streamvid.app.recording import Recording
+from streamvid.app.recording import Part, Recording
 from streamvid.app.turns import Turns
 
 from streamvid.control import PENDING
@@ -64,6 +64,17 @@ class LivePrompt:
         }
 
 
+@dataclass(frozen=True)
+class Past:
+    """What a fork goes on from: a copy of the engine's stream between two chunks, and what had happened until then."""
+
+    stream: Any
+    made: float
+    chunks: int
+    history: History
+    film: list[Part]
+
+
 class LiveStream:
     """One stream on its way to viewers, held back to their play-out.
 
@@ -74,7 +85,7 @@ class LiveStream:
         folder: its own, made by the caller; recordings and saved files go there.
         limits, metrics: of the server.
         ended: called once, from the worker, when it is over.
-        parent: the stream that it is a fork of; its time goes on from there.
+        past: of a fork, whose time goes on from there.
     """
 
     def __init__(
@@ -86,7 +97,7 @@ class LiveStream:
         limits: Limits,
         metrics: Metrics,
         ended: Callable[[LiveStream], None],
-        parent: LiveStream | None = None,
+        past: Past | None = None,
     ):
         self.name, self.opening, self.folder, self.limits, self.metrics = (
             name,
@@ -96,11 +107,11 @@ class LiveStream:
             metrics,
         )
         self._turns, self._ended = turns, ended
-        self.start = parent.clock.made if parent else 0.0
-        self.first_chunk = parent.chunks if parent else 0
-        self.history: History = History(parent.history if parent else None)
+        self.start = past.made if past else 0.0
+        self.first_chunk = past.chunks if past else 0
+        self.history: History = past.history if past else History()
         self.clock: PlayoutClock = PlayoutClock(self.start)
-        self.recording = Recording(folder / "video.mp4", opening.fps, self.start)
+        self.recording = Recording(folder / "video.mp4", opening.fps, self.start, past.film if past else ())
         self.bell = Bell()
         self.events = EventLog(self.bell)
         self.raw: deque[tuple[int, float, np.ndarray]] = deque(maxlen=RAW_CHUNKS)
@@ -182,9 +193,14 @@ class LiveStream:
         """Write the stream's state to a file."""
         self.between_chunks(lambda: self._stream.save(path, mode=mode))
 
-    def fork(self) -> Any:
-        """A copy of the engine's stream as it is after the latest chunk."""
-        return self.between_chunks(lambda: self._stream.fork())
+    def fork(self) -> Past:
+        """What a second continuation from the latest chunk on needs."""
+
+        def action() -> Past:
+            history, film = History(self.history), self.recording.parts
+            return Past(self._stream.fork(), self.clock.made, self.chunks, history, film)
+
+        return self.between_chunks(action)
 
     def report(self, position: float, rate: float) -> None:
         """A player says where it is."""
@@ -406,10 +422,12 @@ class LiveStream:
     def _end(self, reason: str, message: str) -> None:
         with self._change:
             stream, self._stream = self._stream, None
+            self.opening = replace(self.opening, open=opened)  # it may hold a stream, too
             self.status, self.reason, self.message = ENDED, reason, message
             commands, self._commands = list(self._commands), deque()
             self.raw.clear()
-            self.clock.hold(time.monotonic())
+            self.touched = time.monotonic()
+            self.clock.hold(self.touched)
             self._change.notify_all()
         if stream is not None:
             stream.close()
@@ -422,7 +440,17 @@ class LiveStream:
         gc.collect()  # the caches of a stream are large, and something may still point at them in a circle
         self._ended(self)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether it holds caches."""
+        return self._stream is not None
+
     def join(self, seconds: float | None = None) -> None:
         """Wait until the worker has ended; `close` was called."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
+
+
+def opened() -> Any:
+    """In place of an opening that was used."""
+    raise AssertionError("a stream is opened once")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 CHUNK_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
 
@@ -15,7 +15,13 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(
+            registry=registry
+        )  # resident memory, processor time, open files; nothing outside Linux
         self.streams = Gauge("streamvid_streams", "Streams by status", ["status"], registry=registry)
+        self.in_memory = Gauge(
+            "streamvid_streams_in_memory", "Streams whose caches are in memory", registry=registry
+        )
         self.kv_bytes = Gauge(
             "streamvid_kv_bytes", "Bytes of keys and values of all streams", registry=registry
         )

@@ -41,7 +41,6 @@ STAGE = """
     <span id="sv-rate" class="sv-pill sv-quiet" hidden></span>
   </div>
   <div id="sv-queue" class="sv-queue" hidden></div>
-  <div id="sv-caption" class="sv-caption" aria-live="polite"></div>
 </div>
 <div class="sv-transport" role="toolbar" aria-label="Stream">
   {buttons}
@@ -110,6 +109,10 @@ SCRIPT = """
     <span class="sv-grow"></span>
     <button class="sv-button sv-accent" data-script="play">Play all</button>
     <input id="sv-script-file" type="file" accept=".yaml,.yml,.json,.jsonl,.txt" hidden>
+  </div>
+  <div id="sv-script-settings" class="sv-said" hidden>
+    <span></span>
+    <button class="sv-button" data-script="forget" title="Play with what Setup says" aria-label="Forget settings">✕</button>
   </div>
   <ol id="sv-shots" class="sv-shots"></ol>
   <button class="sv-button sv-add" data-script="add">+ Shot</button>
@@ -300,6 +303,7 @@ def _setup(info: dict[str, Any]):
         label="Compare with",
         elem_id="sv-set-other",
     )
+    file = gr.Radio(["Exact", "Compact"], value="Exact", label="Saved streams", elem_id="sv-set-file")
     restart = gr.Button("Start with these settings", elem_id="sv-restart")
     _in_page(
         preset.input,
@@ -307,4 +311,5 @@ def _setup(info: dict[str, Any]):
         "(name) => window.studio.preset(name)",
         outputs=[method, window, sink, steps],
     )
-    return [method, window, sink, steps, ahead, seed, width, height, other], method, window, sink, restart
+    settings = [method, window, sink, steps, ahead, seed, width, height, other, file]
+    return settings, method, window, sink, restart

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,15 @@ class Piece:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Part:
+    """The first `size` bytes of an MP4, which last `seconds`."""
+
+    path: Path
+    size: int
+    seconds: float
+
+
 class Recording:
     """Every chunk becomes a piece of `path` that any player can start with.
 
@@ -32,10 +44,15 @@ class Recording:
         path: file to write; it grows for as long as the stream runs and plays at any moment.
         fps: frames per second.
         start: media time of the first frame, above 0 for a fork.
+        before: what a fork goes on from; kept beside `path`, for the other stream may be deleted.
     """
 
-    def __init__(self, path: Path, fps: float, start: float = 0.0):
+    def __init__(self, path: Path, fps: float, start: float = 0.0, before: Sequence[Part] = ()):
         self.path, self.start = path, start
+        self._before = [
+            replace(part, path=keep(part.path, path.with_name(f"before-{number}.mp4")))
+            for number, part in enumerate(before)
+        ]
         self._writer = Mp4Writer(path, fps, crf=20, preset="veryfast")
         self.header = b""
         self.codec = ""
@@ -45,6 +62,17 @@ class Recording:
     def seconds(self) -> float:
         """Length of the file."""
         return self._writer.seconds_written
+
+    @property
+    def parts(self) -> list[Part]:
+        """The whole film so far, that before a fork included."""
+        if not self.pieces:
+            return list(self._before)
+        last = self.pieces[-1]  # what is being written behind it is left out
+        return [
+            *self._before,
+            Part(self.path, last.offset + last.size, last.start + last.seconds - self.start),
+        ]
 
     def add(self, frames: np.ndarray) -> Piece:
         """Append uint8 frames [T, H, W, 3]; when this returns they are in the file."""
@@ -75,6 +103,15 @@ class Recording:
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
+
+
+def keep(path: Path, name: Path) -> Path:
+    """Another name for a file, which lives on under it; a copy where the file system has no such names."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+    return name
 
 
 def read_header(path: Path) -> bytes:

@@ -144,6 +144,9 @@ class ScriptOut(BaseModel):
     title: str | None
     yaml: str
     seconds: float
+    settings: dict[str, Any] = Field(
+        description="method, seed, size and the like, where the script says them"
+    )
     shots: list[dict[str, Any]]
     notes: list[str]
 

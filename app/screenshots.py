@@ -6,19 +6,19 @@ Starts a server with the embedded model, plays in headless Chromium (`make brows
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-SEASIDE = "A large orange ball bounces on the sand by day"
+from streamvid.app.chromium import app_server, apply_prompt, chromium, open_page
+
+DAY = "A large orange ball bounces on the sand by day"
 SHOTS = (
     "A large orange ball bounces on the sand at sunset",
     "A large blue ball bounces on the sand at night",
 )
-FLAGS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
-SECONDS = 120_000
+SNOW = "A large blue ball bounces on the ice at night while it is snowing"
+HEART = "A large pink heart floats on the ice at dawn"
+BOTH_PLAY = "studio.views.length === 2 && studio.views.every((view) => view.player.began)"
 
 
 def main() -> None:
@@ -27,68 +27,43 @@ def main() -> None:
     parser.add_argument("--model", default="diorama")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "streamvid.cli", "app", "--port", "0", "--model", options.model]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        photograph(server.stdout.readline().split()[-1], options.folder)
-    finally:
-        server.terminate()
-        server.wait()
+    with app_server("--model", options.model) as url, chromium() as browser:
+        photograph(browser, url, options.folder)
 
 
-def photograph(url: str, folder: Path) -> None:
-    """Desktop in both themes, fork, phone."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        page = opened(browser, url, "dark", 1440, 900)
-        start(page, SEASIDE)
-        for prompt in SHOTS:
-            apply(page, prompt)
-        page.screenshot(path=folder / "studio_dark.png")
-        page.click('[data-action="theme"]')
-        page.screenshot(path=folder / "studio_light.png")
-        page.click('[data-action="theme"]')
-        page.click('[data-action="fork"]')
-        page.wait_for_function("studio.views.length === 2 && studio.views[1].player.began", timeout=SECONDS)
-        apply(page, "A large blue ball bounces on the ice at night while it is snowing")
-        page.screenshot(path=folder / "studio_fork.png")
-        page.context.close()
-        page = opened(browser, url, "dark", 390, 844)
-        start(page, "A large pink heart floats on the ice at dawn")
-        page.wait_for_timeout(4000)
-        page.screenshot(path=folder / "studio_phone.png")
-        browser.close()
-
-
-def opened(browser: Any, url: str, theme: str, width: int, height: int) -> Any:
-    page = browser.new_context(viewport={"width": width, "height": height}).new_page()
-    page.goto(f"{url}/?theme={theme}")
-    page.wait_for_selector("body[data-ready=yes]", timeout=SECONDS)
-    return page
+def photograph(browser: Any, url: str, folder: Path) -> None:
+    """Desktop in both themes, fork, comparison, phone."""
+    page = open_page(browser, url, "?theme=dark")
+    start(page, DAY)
+    for prompt in SHOTS:
+        apply_prompt(page, prompt, 4)
+    page.screenshot(path=folder / "studio_dark.png")
+    page.click('[data-action="theme"]')
+    page.screenshot(path=folder / "studio_light.png")
+    page.click('[data-action="theme"]')
+    page.click('[data-action="fork"]')
+    page.wait_for_function(BOTH_PLAY)
+    apply_prompt(page, SNOW, 3)
+    page.wait_for_selector(".sv-toast", state="detached")
+    page.screenshot(path=folder / "studio_fork.png")
+    page.evaluate("prompt => studio.setPrompt(prompt)", DAY)
+    page.click("[data-action=stop]")
+    page.wait_for_function("studio.views.every((view) => view.ended)")
+    page.click('[data-action="compare"]')
+    page.wait_for_function(f"{BOTH_PLAY} && studio.active.position > 2")
+    apply_prompt(page, SHOTS[0], 3)
+    page.screenshot(path=folder / "studio_compare.png")
+    page.context.close()
+    page = open_page(browser, url, "?theme=dark", 390, 844)
+    start(page, HEART)
+    page.screenshot(path=folder / "studio_phone.png")
 
 
 def start(page: Any, prompt: str) -> None:
     """Begin with a prompt and let it play for a few seconds."""
     page.evaluate("prompt => studio.setPrompt(prompt)", prompt)
     page.click("#sv-start")
-    page.wait_for_function("studio.active?.player.began && studio.active.position > 4", timeout=SECONDS)
-
-
-def apply(page: Any, prompt: str) -> None:
-    """Type a prompt and wait until it has been on the screen for a while."""
-    before = page.evaluate("studio.active.receipts.size")
-    page.fill("#sv-prompt textarea", prompt)
-    page.press("#sv-prompt textarea", "Enter")
-    page.wait_for_function(
-        "(before) => { const all = [...studio.active.receipts.values()], last = all.at(-1);"
-        " return all.length > before && last.seen !== undefined && studio.active.position > last.media_time + 4 }",
-        arg=before,
-        timeout=SECONDS,
-    )
+    page.wait_for_function("studio.active?.player.began && studio.active.position > 4")
     page.evaluate("document.activeElement.blur()")
 
 

@@ -25,11 +25,13 @@ def guess_kind(text: str) -> str:
 
 def describe_script(script: Script) -> dict[str, Any]:
     """What the editor shows."""
-    shots = to_dict(script)["shots"]
+    settings = to_dict(script)
+    shots = settings.pop("shots")
     return {
         "title": script.title,
         "yaml": to_yaml(script),
         "seconds": script.duration,
+        "settings": settings,
         "shots": [{**plain, "start": shot.start} for plain, shot in zip(shots, script.shots, strict=True)],
         "notes": list(script.notes),
     }

@@ -100,26 +100,33 @@ def serve(
             f"{host}:{port} cannot be listened at ({error.strerror}): give another --port or --host"
         ) from error
     port = listener.getsockname()[1]
+    address = open_tunnel(host, port) if share else None
     app = build_app(Studio(engine, limits), check_auth(auth))
+    local = host in ("127.0.0.1", "::1", "localhost")
+    open_to_all = "" if auth else " (no password: give --auth)"
     print(
-        f"streamvid studio: http://{'localhost' if host in ('127.0.0.1', '::1') else host}:{port}", flush=True
+        f"streamvid studio: http://{'localhost' if local else host}:{port}{'' if local else open_to_all}",
+        flush=True,
     )
-    if share:
-        print(
-            f"shared at {open_tunnel(port)}" + ("" if auth else " with everyone who has this address"),
-            flush=True,
-        )
+    if address:
+        print(f"shared with everyone who has this address: {address}{open_to_all}", flush=True)
     config = uvicorn.Config(app, log_level="warning", ws="websockets-sansio", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def open_tunnel(port: int) -> str:
-    """A public address of this machine's `port`, by Gradio's share server."""
+def open_tunnel(host: str, port: int) -> str:
+    """A public address of what listens at `host`:`port`, by Gradio's share server."""
     import secrets
 
     from gradio import networking
 
+    everywhere = host in ("0.0.0.0", "::")
     try:
-        return networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+        return networking.setup_tunnel(
+            "127.0.0.1" if everywhere else host, port, secrets.token_urlsafe(32), None, None
+        )
     except Exception as error:
-        raise UserError(f"share: no public address could be had ({error}): leave --share out") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"share: Gradio's tunnel gave no public address ({reason}): check the network, or leave --share out"
+        ) from error

@@ -19,7 +19,7 @@ from typing import Any
 
 from streamvid.app.engine import Opening, StreamRequest
 from streamvid.app.limits import Limits
-from streamvid.app.live import ENDED, PAUSED, QUEUED, RUNNING, LiveStream
+from streamvid.app.live import ENDED, PAUSED, QUEUED, RUNNING, LiveStream, Past
 from streamvid.app.metrics import Metrics
 from streamvid.app.turns import Turns
 
@@ -70,6 +70,7 @@ class Studio:
         self._streams: dict[str, tuple[LiveStream, Session]] = {}
         self._queue: deque[Session] = deque()
         self._sessions: list[Session] = []  # admitted ones with a living stream
+        self._leaving: set[LiveStream] = set()  # removed, but still in its last chunk
         self._closed = threading.Event()
         threading.Thread(target=self._look_after, name="studio", daemon=True).start()
 
@@ -91,15 +92,15 @@ class Studio:
         """A second continuation of a stream from its latest chunk on, in the same session."""
         parent, session = self._entry(name)
         self._check_room(session)
-        twin = parent.fork()
-        opening = replace(parent.opening, open=lambda: twin, linger=linger or parent.opening.linger)
-        return self._enter(opening, name, parent=parent)
+        past = parent.fork()
+        opening = replace(parent.opening, open=lambda: past.stream, linger=linger or parent.opening.linger)
+        return self._enter(opening, name, past)
 
     def _enter(
         self,
         opening: Opening,
         beside: str | None,
-        parent: LiveStream | None = None,
+        past: Past | None = None,
     ) -> LiveStream:
         with self._lock:
             if beside is not None:
@@ -120,7 +121,7 @@ class Studio:
                 self.limits,
                 self.metrics,
                 self._stream_ended,
-                parent,
+                past,
             )
             self._streams[name] = stream, session
             session.streams.append(stream)
@@ -178,23 +179,27 @@ class Studio:
         stream.close()
         with self._lock:
             self._streams.pop(name, None)
+            self._leaving.add(stream)
         threading.Thread(target=self._clear, args=(stream,), daemon=True).start()
 
     def counts(self) -> dict[str, int]:
-        """Streams by status, those who wait, open connections."""
+        """Streams by status, those whose caches are in memory, those who wait, open connections."""
         with self._lock:
             streams = [stream for stream, _ in self._streams.values()]
+            in_memory = sum(stream.in_memory for stream in {*streams, *self._leaving})
             waiting = len(self._queue)
         by_status = dict.fromkeys((QUEUED, RUNNING, PAUSED, ENDED), 0)
         for stream in streams:
             by_status[stream.status] += 1
-        return {**by_status, "waiting_sessions": waiting, "viewers": sum(s.viewers for s in streams)}
+        viewers = sum(stream.viewers for stream in streams)
+        return {**by_status, "in_memory": in_memory, "waiting_sessions": waiting, "viewers": viewers}
 
     def metrics_text(self) -> bytes:
         """For Prometheus."""
         counts = self.counts()
         for status in (QUEUED, RUNNING, PAUSED, ENDED):
             self.metrics.streams.labels(status).set(counts[status])
+        self.metrics.in_memory.set(counts["in_memory"])
         self.metrics.viewers.set(counts["viewers"])
         with self._lock:
             streams = [stream for stream, _ in self._streams.values()]
@@ -233,6 +238,8 @@ class Studio:
         """Delete a stream's files once its worker has written the last one."""
         stream.join()
         shutil.rmtree(stream.folder, ignore_errors=True)
+        with self._lock:
+            self._leaving.discard(stream)
 
     def _look_after(self) -> None:
         """End streams that nobody watches, that nobody steers, and forget those that ended long ago."""
@@ -241,7 +248,7 @@ class Studio:
             with self._lock:
                 streams = list(self._streams.values())
             for stream, _ in streams:
-                alone = 0.0 if stream.viewers else now - stream.touched
+                alone = 0.0 if stream.viewers and stream.status != ENDED else now - stream.touched
                 if alone > patience(stream):
                     self._forget(stream.name)
                 elif (
@@ -264,6 +271,8 @@ def patience(stream: LiveStream) -> float:
     """Seconds that a stream waits for somebody to look at it."""
     if not stream.was_watched:
         return max(stream.linger, FIRST_LOOK_SECONDS)
-    if stream.status == ENDED and stream.linger >= 5:  # not of a tab, which says when it goes
+    if stream.status == ENDED and (
+        stream.viewers or stream.linger >= 5
+    ):  # a tab stays connected until it goes
         return max(stream.linger, FINISHED_SECONDS)
     return stream.linger

@@ -38,6 +38,7 @@ export const api = {
   resume: (name) => request("POST", `${stream(name)}/resume`),
   reset: (name, seed) => request("POST", `${stream(name)}/reset`, { seed }),
   fork: (name) => request("POST", `${stream(name)}/fork`),
+  stop: (name) => request("POST", `${stream(name)}/stop`),
   remove: (name) => request("DELETE", stream(name)),
   script: (name) => request("GET", `${stream(name)}/script.yaml`),
   checkScript: (text) => request("POST", "/api/scripts/check", { text }),

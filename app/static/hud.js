@@ -110,8 +110,7 @@ function drawWindow(view, chunk, info) {
 
 export function drawReceipts(view) {
   const list = [...view.receipts.values()].slice(-6).reverse();
-  if (!list.length) return;
-  $("hud-receipts").innerHTML = list.map((receipt) => {
+  $("hud-receipts").innerHTML = !list.length ? '<li class="sv-none">What you type is acknowledged here.</li>' : list.map((receipt) => {
     const where = receipt.status === "applied" ? `chunk ${receipt.chunk} · ${receipt.media_time.toFixed(2)} s`
       : receipt.status === "pending" ? "at the next block" : receipt.status;
     const seen = receipt.latency ? `<b>seen after ${seconds(receipt.latency)}</b>` : "";

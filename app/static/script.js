@@ -33,6 +33,8 @@ export class ScriptEditor {
   async act(action, index) {
     if (action === "load") this.file.click();
     else if (action === "add") { this.shots.push({ prompt: this.shots.at(-1)?.prompt ?? "", duration: 5 }); this.draw(); this.list.lastElementChild.querySelector("textarea").focus(); }
+    else if (action === "up") { this.shots.splice(index - 1, 0, ...this.shots.splice(index, 1)); this.draw(); }
+    else if (action === "forget") { this.settings = {}; this.draw(); }
     else if (action === "remove") { this.shots.splice(index, 1); this.draw(); }
     else if (action === "play") await this.play(this.document(0));
     else if (action === "from") await this.play(this.document(index));
@@ -45,7 +47,7 @@ export class ScriptEditor {
 
   async load(text) {
     const script = await api.checkScript(text);
-    this.settings = { title: script.title ?? undefined };
+    this.settings = script.settings;
     this.shots = script.shots.map(({ prompt, duration, transition, seed, overrides }) => ({ prompt, duration, transition, seed, overrides }));
     this.draw(script.notes.join("; "));
   }
@@ -54,6 +56,14 @@ export class ScriptEditor {
   document(first) {
     const shots = this.shots.slice(first).map((shot) => Object.fromEntries(Object.entries(shot).filter(([, value]) => value !== undefined && value !== "")));
     return JSON.stringify({ ...this.settings, shots });
+  }
+
+  // what the script itself says, which then goes before what is set up
+  said() {
+    const { title, method, seed, width, height, fps, overrides } = this.settings;
+    const parts = [title, method, seed !== undefined && `seed ${seed}`, width && `${width} × ${height}`, fps && `${fps} fps`,
+      ...Object.entries(overrides ?? {}).map(([name, value]) => `${name} ${JSON.stringify(value)}`)];
+    return parts.filter(Boolean).join(" · ");
   }
 
   edit(field) {
@@ -78,8 +88,12 @@ export class ScriptEditor {
         + `<div class="sv-shot-row"><label><input name="duration" type="number" min="0.1" step="0.25" value="${Number(shot.duration)}" aria-label="Seconds"> s</label>`
         + `<select name="transition" aria-label="Transition">${options}</select><span class="sv-grow"></span>`
         + `<button class="sv-button" data-script="from" data-index="${index}" title="Play from this shot on">▸ from here</button>`
+        + `<button class="sv-button" data-script="up" data-index="${index}" aria-label="Move shot ${index + 1} up"${index ? "" : " disabled"}>↑</button>`
         + `<button class="sv-button" data-script="remove" data-index="${index}" aria-label="Remove shot ${index + 1}">✕</button></div></li>`;
     }).join("");
+    const said = this.said();
+    this.root.querySelector("#sv-script-settings").hidden = !said;
+    this.root.querySelector("#sv-script-settings span").textContent = said;
     this.total();
     if (note) this.note.textContent += ` · ${note}`;
   }

@@ -26,7 +26,7 @@ class Studio {
     this.settings = {};
     this.draft = document.querySelector("#sv-prompt textarea")?.value ?? "";
     this.kind = new URLSearchParams(location.search).get("player") ?? (supportsH264() ? "mse" : "canvas");
-    this.timeline = new Timeline($("sv-timeline"), (prompt) => this.setPrompt(prompt));
+    this.timeline = new Timeline($("sv-timeline"), (prompt) => this.setPrompt(prompt, true));
     this.editor = new ScriptEditor($("sv-script"), info.transitions, {
       play: (script) => this.startScript(script),
       take: () => this.needed() && api.script(this.active.name),
@@ -77,8 +77,9 @@ class Studio {
 
   async startScript(script) {
     const { prompt, ...rest } = this.request({});
-    const own = JSON.parse(script);
-    if (own.method) delete rest.method;
+    const own = JSON.parse(script); // what a script says goes before what is set up
+    for (const name of ["method", "seed", "width", "height"]) if (own[name] !== undefined) delete rest[name];
+    if (own.method !== undefined || own.overrides !== undefined) for (const name of ["overrides", "steps"]) delete rest[name];
     await this.clear();
     this.add(await api.create({ ...rest, script }));
     this.openTab("live");
@@ -86,7 +87,7 @@ class Studio {
 
   async compare() {
     const other = this.settings.other;
-    const prompt = this.active && !this.active.ended ? this.promptOf(this.active) : this.draft;
+    const prompt = this.active && !this.active.ended ? this.active.prompt : this.draft;
     await this.clear();
     const first = await api.create(this.request({ prompt }));
     const left = this.add(first);
@@ -120,6 +121,7 @@ class Studio {
   add(state) {
     const view = new View(state, this.kind, (one, event) => this.changed(one, event));
     this.views.push(view);
+    view.root.tabIndex = 0;
     $("sv-views").append(view.root);
     view.root.addEventListener("click", () => this.select(view));
     this.select(view);
@@ -168,12 +170,12 @@ class Studio {
       if (simple[action]) return await simple[action]();
       if (!this.needed()) return;
       const { name } = this.active, live = this.together ? this.views : [this.active];
-      if (action === "stop") for (const view of this.views) { view.hold(); await api.remove(view.name); view.state.status = "ended"; view.state.reason = "closed"; }
+      if (action === "stop") for (const view of this.views) { view.hold(); await api.stop(view.name); }
       if (action === "cut") for (const view of live) view.typed(await api.cut(view.name), performance.now());
       if (action === "reset") for (const view of live) await api.reset(view.name);
-      if (action === "save") this.fetchFile(api.url(name, "saved?mode=exact"));
-      if (action === "film") this.fetchFile(api.url(name, "export.mp4"));
-      if (action === "script") this.fetchFile(api.url(name, "script.yaml"));
+      if (action === "save") await this.fetchFile(`saved?mode=${(this.settings.file ?? "exact").toLowerCase()}`);
+      if (action === "film") await this.fetchFile("export.mp4");
+      if (action === "script") await this.fetchFile("script.yaml");
       this.draw();
     } catch (error) { this.tell(error.message, true); }
   }
@@ -189,9 +191,10 @@ class Studio {
     this.draw();
   }
 
-  fetchFile(url) {
+  async fetchFile(path) {
+    await api.state(this.active.name); // a stream that is gone is told here, not as a file
     const link = document.createElement("a");
-    link.href = url;
+    link.href = api.url(this.active.name, path);
     link.download = "";
     link.click();
   }
@@ -202,11 +205,11 @@ class Studio {
     localStorage.setItem("streamvid-theme", dark ? "dark" : "light");
   }
 
-  setPrompt(text) {
+  setPrompt(text, focus = false) {
     const box = document.querySelector("#sv-prompt textarea");
     Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, "value").set.call(box, text);
     box.dispatchEvent(new Event("input", { bubbles: true }));
-    box.focus();
+    if (focus) box.focus();
     this.draft = text;
   }
 
@@ -230,6 +233,8 @@ class Studio {
 
   key(event) {
     const typing = event.target.closest?.("input, textarea, select, button, [contenteditable], [role=listbox]");
+    const focused = this.views.find((view) => view.root === event.target);
+    if (event.code === "Enter" && focused) this.select(focused);
     if (event.code === "Space" && !typing && !event.repeat) { event.preventDefault(); this.act("toggle"); }
   }
 
@@ -244,15 +249,11 @@ class Studio {
   changed(view, event) {
     if (event.event === "ended" && event.message) this.tell(event.message, true);
     else if (event.event === "ended" && ["idle", "too long", "connection lost"].includes(event.reason)) this.tell(`The stream has ended: ${event.reason}.`, true);
+    if (view.ended && view.state.reason === "stopped") view.hold();
     if (["shot", "chunk", "receipt", "ended"].includes(event.event)) this.timeline.draw(this.views);
     if (event.event === "chunk" && view === this.active) drawChunk(view, this.info);
     if (["receipt", "seen"].includes(event.event) && view === this.active) drawReceipts(view);
     if (event.event !== "chunk") this.draw();
-  }
-
-  promptOf(view) {
-    const shots = [...view.shots.values()].sort((a, b) => a.shot - b.shot);
-    return (shots.findLast((shot) => shot.start <= view.position + 0.02) ?? shots[0])?.prompt ?? view.state.prompt;
   }
 
   draw() {
@@ -270,7 +271,7 @@ class Studio {
     toggle.setAttribute("d", state === "running" ? "M7 5h3.5v14H7zM13.5 5H17v14h-3.5z" : "M8 5.5v13l11-6.5z");
     for (const name of ["stop", "cut", "reset", "fork"]) document.querySelector(`[data-action="${name}"]`).disabled = !["running", "paused"].includes(state);
     for (const name of ["save"]) document.querySelector(`[data-action="${name}"]`).disabled = !["running", "paused"].includes(state);
-    for (const name of ["film", "script"]) document.querySelector(`[data-action="${name}"]`).disabled = !view?.chunks.length || view.state.reason === "closed";
+    for (const name of ["film", "script"]) document.querySelector(`[data-action="${name}"]`).disabled = !view?.chunks.length;
   }
 
   tick() {
@@ -279,8 +280,7 @@ class Studio {
     this.keepTogether();
     if (!view.began && view.player.began) { view.began = true; this.draw(); }
     $("sv-clock").textContent = clock(view.position);
-    const caption = view.chunks.length ? this.promptOf(view) : "";
-    if ($("sv-caption").textContent !== caption) $("sv-caption").textContent = caption;
+    for (const one of this.views) one.caption();
     const slow = view.state.speed && view.player.rate < 0.98 && view.status === "running";
     $("sv-rate").hidden = !slow;
     if (slow) $("sv-rate").textContent = `${view.player.rate.toFixed(2)}× · ${(view.player.rate * view.state.fps).toFixed(0)} fps`;

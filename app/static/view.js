@@ -28,7 +28,7 @@ export class View {
     this.player.onframe = (time) => this.frame(time);
     this.root = document.createElement("figure");
     this.root.className = "sv-view";
-    this.root.innerHTML = '<span class="sv-label"></span>';
+    this.root.innerHTML = '<figcaption class="sv-caption"><span class="sv-label"></span><span class="sv-words" aria-live="polite"></span></figcaption>';
     this.root.prepend(this.player.element);
     this.connect();
     this.timer = setInterval(() => this.steer(), 100);
@@ -38,7 +38,18 @@ export class View {
   get status() { return this.state.status; }
   get ended() { return this.status === "ended"; }
   get position() { return this.player.position; }
-  get label() { return this.root.firstElementChild.nextElementSibling; }
+  get label() { return this.root.querySelector(".sv-label"); }
+
+  // the prompt of what is on the screen
+  get prompt() {
+    const shots = [...this.shots.values()].sort((a, b) => a.shot - b.shot);
+    return (shots.findLast((shot) => shot.start <= this.position + 0.02) ?? shots[0])?.prompt ?? this.state.prompt;
+  }
+
+  caption() {
+    const words = this.chunks.length ? this.prompt : "", shown = this.root.querySelector(".sv-words");
+    if (shown.textContent !== words) shown.textContent = words;
+  }
 
   connect() {
     const socket = this.socket = api.socket(this.name, this.kind, this.firstEvent);

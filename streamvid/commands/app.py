@@ -46,9 +46,12 @@ def run(options) -> None:
     check_auth(options.auth)
     given = {field.name: getattr(options, field.name, None) for field in fields(Limits)}
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
-    pipe = load_pipeline(options.model, options.device, options.dtype)
+    engine = PipelineEngine(
+        load_pipeline(options.model, options.device, options.dtype), options.model, limits
+    )
+    engine.warm_up()
     serve(
-        PipelineEngine(pipe, options.model, limits),
+        engine,
         limits,
         options.host,
         options.port,

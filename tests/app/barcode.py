@@ -59,6 +59,7 @@ class FakeStream:
     closed: bool = False
     ballast: bytes = field(default=b"", repr=False)
     blocks: int | None = None
+    alive: weakref.WeakSet = field(default_factory=weakref.WeakSet, repr=False)
     timeline = None
 
     def prompt(self, text, policy=None):
@@ -98,6 +99,7 @@ class FakeStream:
     def fork(self):
         twin = copy(self)
         twin.pending = None
+        twin.alive.add(twin)
         return twin
 
     def reset(self, seed=None):
@@ -142,7 +144,8 @@ class FakeEngine:
             prompt, blocks = request.script.shots[0].prompt, round(request.script.duration * FPS / FRAMES)
         else:
             prompt, blocks = self.check_prompt(request.prompt or ""), None
-        seed = request.seed or 0
+        seeds = (request.seed, request.script and request.script.seed, 0)
+        seed = next(seed for seed in seeds if seed is not None)
         return self._opening(
             lambda: self._track(FakeStream(prompt, seed, self.work, blocks=blocks)), seed, request
         )
@@ -182,12 +185,13 @@ class FakeEngine:
         }
 
     def _track(self, stream):
-        stream.ballast = bytes(self.ballast)
+        stream.ballast = b"x" * self.ballast  # not zeros, which take no memory
+        stream.alive = self.alive
         self.alive.add(stream)
         return stream
 
     def _opening(self, start, seed, request):
-        return Opening(
+        return Opening(  # a request, or none for a saved stream
             start,
             FPS,
             SIZE,
@@ -198,6 +202,7 @@ class FakeEngine:
             ahead=request.ahead if request else None,
             linger=request.linger if request else None,
             scripted=bool(request and request.script),
+            resumed=request is None,
         )
 
 

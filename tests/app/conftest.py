@@ -2,21 +2,16 @@
 
 import pytest
 from barcode import FakeEngine
-from server import CHROMIUM_FLAGS, find_chromium, serving
+from server import serving
+from streamvid.app import chromium as real
 from streamvid.app.limits import Limits
 
 
 @pytest.fixture(scope="session")
 def chromium():
     """One headless Chromium for all tests; each opens contexts of its own."""
-    from playwright.sync_api import sync_playwright
-
-    path = find_chromium()
-    assert path, "Chromium is missing: `make browser` installs it"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS, headless=True)
+    with real.chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

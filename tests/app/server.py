@@ -1,6 +1,5 @@
 """A real server in a thread, and real Chromium in front of it."""
 
-import shutil
 import socket
 import threading
 import time
@@ -9,17 +8,6 @@ from contextlib import contextmanager
 import uvicorn
 from streamvid.app.server import build_app
 from streamvid.app.sessions import Studio
-
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--autoplay-policy=no-user-gesture-required",
-]
 
 
 class Running:
@@ -59,11 +47,6 @@ def wait_for(condition, seconds=10.0, what="it"):
             return result
         time.sleep(0.02)
     raise AssertionError(f"{what} did not happen within {seconds} s")
-
-
-def find_chromium():
-    """The distribution's Chromium, or Chrome; None where there is none."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def slowness() -> float:

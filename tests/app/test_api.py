@@ -140,6 +140,26 @@ def test_a_script_is_never_taken_for_the_name_of_a_file(client, tmp_path):
     assert state["prompt"] == str(secret)
 
 
+def test_what_was_stopped_can_still_be_exported(client, tmp_path):
+    name = create(client, seed=4, linger=0.5)
+    wait_for(lambda: client.get(f"/api/streams/{name}").json()["chunks"] >= 2)
+    assert client.post(f"/api/streams/{name}/stop").status_code == 204
+    wait_for(lambda: client.get(f"/api/streams/{name}").json()["status"] == "ended")
+    state = client.get(f"/api/streams/{name}").json()
+    assert state["reason"] == "stopped"
+    (tmp_path / "film.mp4").write_bytes(client.get(f"/api/streams/{name}/export.mp4").content)
+    assert len(list(read_video(tmp_path / "film.mp4"))) == state["chunks"] * FRAMES
+    assert "prompt: red" in client.get(f"/api/streams/{name}/script.yaml").text
+    assert client.post(f"/api/streams/{name}/prompt", json={"text": "green"}).status_code == 409
+
+
+def test_a_script_keeps_what_it_says_beside_its_shots(client):
+    text = "method: longlive\nseed: 5\noverrides: {sink: 0}\nshots: [{prompt: red, duration: 3}]"
+    checked = client.post("/api/scripts/check", json={"text": text}).json()
+    assert checked["settings"] == {"method": "longlive", "seed": 5, "overrides": {"sink": 0}}
+    assert checked["shots"] == [{"prompt": "red", "duration": 3, "start": 0}]
+
+
 def test_uploads_are_bounded_and_checked(client):
     assert client.post("/api/streams/resume", content=b"").status_code == 422
     assert client.post("/api/streams/resume", content=b"nonsense").status_code == 422
@@ -148,7 +168,11 @@ def test_uploads_are_bounded_and_checked(client):
     name = create(client, seed=2)
     wait_for(lambda: client.get(f"/api/streams/{name}").json()["chunks"] >= 1)
     saved = client.get(f"/api/streams/{name}/saved")
-    assert client.post("/api/streams/resume", content=saved.content).json()["seed"] == 2
+    resumed = client.post("/api/streams/resume", content=saved.content).json()
+    assert resumed["seed"] == 2
+    wait_for(lambda: client.get(f"/api/streams/{resumed['stream']}").json()["chunks"] >= 1)
+    assert "went on from a saved one" in client.get(f"/api/streams/{resumed['stream']}/script.yaml").text
+    assert "went on" not in client.get(f"/api/streams/{name}/script.yaml").text
 
 
 def test_a_full_house_says_when_to_come_again():
@@ -175,6 +199,8 @@ def test_health_and_metrics(client):
     assert values["streamvid_frames_total"] >= FRAMES
     assert values['streamvid_chunk_seconds_count{stage="denoise"}'] >= 1
     assert values['streamvid_streams{status="running"}'] >= 1
+    assert values["streamvid_streams_in_memory"] == client.get("/healthz").json()["in_memory"] >= 1
+    assert values["process_resident_memory_bytes"] > 50e6
 
 
 def test_a_password_is_asked_for_everywhere_but_at_healthz():
@@ -186,7 +212,19 @@ def test_a_password_is_asked_for_everywhere_but_at_healthz():
         assert bare.get("/healthz").status_code == 200
         wrong = base64.b64encode(b"ada:wrong").decode()
         assert bare.get("/api/info", headers={"Authorization": f"Basic {wrong}"}).status_code == 401
-        assert bare.get("/api/info", auth=("ada", "secret")).status_code == 200
+        known = bare.get("/api/info", auth=("ada", "secret"))
+        assert known.status_code == 200
+        ticket = known.cookies["streamvid"]
+        attributes = known.headers["set-cookie"]
+        assert "HttpOnly" in attributes and "SameSite=Strict" in attributes and "secret" not in attributes
+        for cookie, status in ((ticket, 200), (ticket[:-1], 401), ("", 401)):
+            with httpx.Client(base_url=server.url, cookies={"streamvid": cookie}) as other:
+                assert other.get("/api/info").status_code == status
+                assert "set-cookie" not in other.get("/api/info").headers
+        tunnelled = httpx.get(
+            f"{server.url}/api/info", auth=("ada", "secret"), headers={"X-Forwarded-Proto": "https"}
+        )
+        assert "Secure" in tunnelled.headers["set-cookie"] and "Secure" not in attributes
 
 
 def test_pages_of_other_sites_cannot_steer(client):
@@ -316,6 +354,20 @@ def test_openapi_names_every_route(client):
     ):
         assert f"/api/streams/{{name}}/{path}" in paths
     assert json.dumps(paths).count('"404"') >= 15
+
+
+def test_gradios_own_uploads_files_and_proxies_are_closed(fake_server, tmp_path):
+    (tmp_path / "secret").write_text("the secret")
+    with httpx.Client(base_url=fake_server.url) as client:
+        upload = client.post("/gradio_api/upload", files={"files": ("a.txt", b"a")})
+        assert upload.status_code == 404
+        for path in (
+            f"/gradio_api/file={tmp_path}/secret",
+            "/gradio_api/file=pyproject.toml",
+            "/gradio_api/info",
+        ):
+            answer = client.get(path)
+            assert answer.status_code == 404 and "the secret" not in answer.text
 
 
 def test_the_page_may_load_nothing_from_elsewhere(fake_server):

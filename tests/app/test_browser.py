@@ -88,7 +88,7 @@ def test_a_prompt_typed_is_seen_exactly_where_its_receipt_says(fake_server, open
     assert page.evaluate("studio.active.latency") < (0.75 + 2 * CHUNK + 0.5) * slowness()
     assert page.locator("#hud-receipts li[data-status=applied]").count() == 1
     assert page.locator(".sv-mark").count() == 1 and page.locator(".sv-shot").count() == 2
-    page.wait_for_function("document.querySelector('#sv-caption').textContent === 'green'")
+    page.wait_for_function("document.querySelector('.sv-words').textContent === 'green'")
 
 
 def test_keyboard_path_space_pauses_and_typing_does_not(fake_server, open_page):
@@ -196,10 +196,8 @@ def test_fork_shows_two_continuations_of_one_moment_side_by_side(fake_server, op
     page.click("[data-action=fork]")
     page.wait_for_function("studio.views.length === 2 && studio.views[1].player.began")
     apply(page, "blue")
-    page.wait_for_function(
-        "studio.views[1].frames.length > 30 && studio.promptOf(studio.views[1]) === 'blue'"
-    )
-    assert page.evaluate("studio.promptOf(studio.views[0])") == "red"
+    page.wait_for_function("studio.views[1].frames.length > 30 && studio.views[1].prompt === 'blue'")
+    assert page.evaluate("studio.views[0].prompt") == "red"
     apart = page.evaluate("Math.abs(studio.views[0].position - studio.views[1].position)")
     assert apart < 0.6
     assert page.evaluate("studio.views[1].state.start") % CHUNK == 0
@@ -219,7 +217,7 @@ def test_compare_shows_two_methods_with_the_same_seed(fake_server, open_page):
     a, b = page.evaluate("studio.views.map((view) => [view.state.seed, view.position])")
     assert a[0] == b[0] and abs(a[1] - b[1]) < 0.6
     apply(page, "green")  # goes to both
-    page.wait_for_function("studio.views.every((view) => studio.promptOf(view) === 'green')")
+    page.wait_for_function("studio.views.every((view) => view.prompt === 'green')")
 
 
 def test_cut_reset_stop_and_start_again(fake_server, open_page):
@@ -232,6 +230,12 @@ def test_cut_reset_stop_and_start_again(fake_server, open_page):
     page.wait_for_function(f"({BITS_READER})().frame < 40 && studio.active.position > {made}")
     page.click("[data-action=stop]")
     page.wait_for_function("document.querySelector('#sv-status').dataset.state === 'ended'")
+    assert page.text_content("#sv-status") == "stopped"
+    held = page.evaluate("studio.active.position")
+    with page.expect_download() as download:  # what was made is still there
+        page.click("[data-action=film]")
+    assert download.value.path().stat().st_size > 1000
+    assert page.evaluate("studio.active.position") == held
     page.click("#sv-start")
     page.wait_for_function("studio.active?.status === 'running' && studio.active.player.began")
     assert page.errors == []
@@ -268,22 +272,84 @@ def test_script_editor_loads_edits_plays_from_a_shot_and_saves(fake_server, open
     page.wait_for_function(f"studio.active?.player.began && ({BITS_READER})().colour === 'blue'")
     page.wait_for_function("studio.active.status === 'ended'")
     assert page.evaluate("studio.active.state.reason") == "finished"
+    page.wait_for_timeout(2000)  # longer than a stream lives whose tab has gone
+    with page.expect_download() as download:
+        page.click("[data-action=film]")
+    download.value.save_as(tmp_path / "film.mp4")
+    assert len(list(read_video(tmp_path / "film.mp4"))) == 3 * FPS
     (tmp_path / "bad.yaml").write_text("shots:\n- {promt: red}\n")
     page.click("[data-tab=script]")
     page.set_input_files("#sv-script-file", tmp_path / "bad.yaml")
     page.wait_for_function("document.querySelector('.sv-toast.sv-bad')?.textContent.includes('promt')")
 
 
-def test_the_forms_reach_the_stream(fake_server, open_page):
-    """Gradio's own fields: what is set there is what the next stream is made with."""
+def test_the_script_editor_keeps_the_settings_of_a_script(fake_server, open_page, tmp_path):
+    """What a script says goes before Setup, is saved again, and can be forgotten; shots can be put in another order."""
     page = open_page(fake_server)
-    page.click("[data-tab=setup]")
-    page.fill("#sv-set-seed input", "12")
-    page.press("#sv-set-seed input", "Tab")
-    page.wait_for_function("studio.settings.seed === 12")
-    page.click("#sv-restart")
+    (tmp_path / "mine.yaml").write_text(
+        "seed: 6\nmethod: self_forcing\nshots:\n- {prompt: red, duration: 3}\n- {prompt: green, duration: 3}\n"
+    )
+    page.click("[data-tab=script]")
+    page.set_input_files("#sv-script-file", tmp_path / "mine.yaml")
+    page.wait_for_function(
+        "document.querySelector('#sv-script-settings span').textContent.includes('seed 6')"
+    )
+    page.click("#sv-shots li:nth-child(2) [data-script=up]")
+    with page.expect_download() as download:
+        page.click("[data-script=save]")
+    download.value.save_as(tmp_path / "out.yaml")
+    saved = (tmp_path / "out.yaml").read_text()
+    assert "seed: 6" in saved and "method: self_forcing" in saved
+    assert saved.index("prompt: green") < saved.index("prompt: red")
+    sent = []
+    page.on(
+        "request",
+        lambda request: request.url.endswith("/api/streams") and sent.append(request.post_data_json),
+    )
+    page.click("[data-script=play]")
     page.wait_for_function("studio.active?.player.began")
-    assert on_screen(page)["seed"] == 12
+    code = on_screen(page)
+    assert code["seed"] == 6 and code["colour"] == "green" and "method" not in sent[0]
+    page.click("[data-tab=script]")
+    page.click("[data-script=forget]")
+    assert page.locator("#sv-script-settings").is_hidden()
+    page.click("[data-script=play]")
+    page.wait_for_function("studio.active?.player.began && studio.active.state.seed === 3")  # Setup's
+    assert sent[1]["method"] == "longlive"
+
+
+def test_the_timeline_keeps_its_elements_while_it_grows(fake_server, open_page):
+    """A click or the keyboard's focus is not lost at the next chunk, and a picture is loaded once."""
+    page = open_page(fake_server)
+    start(page)
+    page.wait_for_selector(".sv-shot")
+    page.evaluate(
+        "window.shot = document.querySelector('.sv-shot'); shot.focus(); window.width = shot.offsetWidth"
+    )
+    made = page.evaluate("studio.active.made")
+    page.wait_for_function(f"studio.active.made > {made} + 2.5")
+    page.wait_for_function("shot.firstElementChild.style.backgroundImage.includes('thumbnails/0.jpg')")
+    assert page.evaluate("document.activeElement === shot && shot.offsetWidth > width")
+    assert sum("thumbnails" in url for url in page.asked) <= 2  # the second is the better picture
+    apply(page, "green")
+    page.wait_for_function("document.querySelectorAll('.sv-shot').length === 2")
+    page.click(".sv-shot >> nth=0")
+    assert page.input_value("#sv-prompt textarea") == "red"
+    wide = page.evaluate(
+        "[...document.querySelectorAll('.sv-ruler span')].map((s) => s.getBoundingClientRect().right)"
+    )
+    assert max(wide) <= page.evaluate("document.querySelector('#sv-timeline').getBoundingClientRect().right")
+
+
+def test_compact_files_are_a_choice(fake_server, open_page):
+    page = open_page(fake_server)
+    start(page)
+    page.click("[data-tab=setup]")
+    page.click("#sv-set-file label:nth-of-type(2)")
+    page.wait_for_function("studio.settings.file === 'Compact'")
+    with page.expect_download() as download:
+        page.click("[data-action=save]")
+    assert download.value.suggested_filename == "compact.stream"
 
 
 def test_phone_width_theme_and_no_sideways_scrolling(fake_server, open_page):

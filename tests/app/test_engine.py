@@ -13,6 +13,7 @@ from streamvid.app.scripts import guess_kind, read_script
 from streamvid.app.sessions import Studio
 
 from streamvid.errors import UserError
+from streamvid.methods import load_method
 from streamvid.script import parse_script, to_yaml
 
 FOX, CAT, BIRD = "a red fox walks", "the blue cat sleeps", "a bird runs"
@@ -138,6 +139,17 @@ def test_fork_and_saved_file_go_on_with_the_very_next_frames(engine, tmp_path):
         assert str(tmp_path) not in str(refused.value)
     finally:
         studio.close()
+
+
+def test_a_resumed_stream_says_what_it_is_made_with(engine, tmp_path):
+    options = {"sink": 2, "window": 9}
+    stream = engine.pipe.stream([FOX], method=load_method("longlive", options), height=32, width=32, seed=3)
+    next(stream)
+    opening = engine.load(stream.save(tmp_path / "saved"))
+    assert (opening.method, dict(opening.options), opening.seed) == ("longlive", options, 3)
+    assert opening.resumed and not opening.scripted
+    scripted = engine.pipe.stream(f"{FOX} [3s] | {CAT} [3s]", height=32, width=32)
+    assert engine.load(scripted.save(tmp_path / "scripted")).scripted
 
 
 def test_steps_are_spaced_evenly():

@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pytest
 from server import serving, slowness, wait_for
+from streamvid.app.check_live import check_memory
+from streamvid.app.chromium import app_server
 from streamvid.app.engine import PipelineEngine
 from streamvid.app.limits import Limits
 
@@ -40,9 +42,9 @@ BRIGHTNESS = """
 def server():
     limits = Limits(sessions=2)
     pipe = load_pipeline("diorama")
-    for chunk in pipe.stream([DAY], blocks=2):  # what only the very first stream of a process pays for
-        assert chunk.frames.any()
-    with serving(PipelineEngine(pipe, "diorama", limits), limits) as server:
+    engine = PipelineEngine(pipe, "diorama", limits)
+    engine.warm_up()
+    with serving(engine, limits) as server:
         yield server
 
 
@@ -111,6 +113,13 @@ def test_live_video_and_a_prompt_switch(server, open_page, tmp_path):
     closed = time.monotonic()
     wait_for(lambda: stream.status == "ended" and stream._stream is None, 10 * slowness())
     assert time.monotonic() - closed < 1.0 * slowness() + 0.3
+
+
+def test_twenty_queued_visitors_leave_no_memory_behind():
+    """`streamvid app` in a process of its own: two seats, twenty at once, twice; its resident memory is back."""
+    with app_server("--sessions", "2") as url:
+        bound = check_memory(url)
+    assert bound.passed, str(bound)
 
 
 def test_canvas_player_shows_the_model_too(server, open_page):
