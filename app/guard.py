@@ -40,8 +40,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        known = _equal(_cookie(headers), self._ticket)
-        if not (known or self._allowed(scope, headers)):
+        given = self.expected is not None and _equal(headers.get("authorization", ""), self.expected)
+        known = given or _equal(_cookie(headers), self._ticket)
+        if not (known or self.expected is None or scope["path"] in OPEN_PATHS):
             challenge = (b"www-authenticate", b'Basic realm="streamvid", charset="UTF-8"')
             await self._refuse(scope, send, 401, "a password is needed", challenge)
         elif not _same_origin(scope, headers):
@@ -51,13 +52,8 @@ class Guard:
         elif scope["type"] == "websocket":
             await self.app(scope, receive, send)
         else:
-            new = [] if known or self.expected is None else [self._cookie_header(headers)]
+            new = [self._cookie_header(headers)] if given else []
             await self.app(scope, receive, _with_headers(send, new))
-
-    def _allowed(self, scope: Scope, headers: dict[str, str]) -> bool:
-        if self.expected is None or scope["path"] in OPEN_PATHS:
-            return True
-        return _equal(headers.get("authorization", ""), self.expected)
 
     def _cookie_header(self, headers: dict[str, str]) -> tuple[bytes, bytes]:
         secure = "; Secure" if headers.get("x-forwarded-proto") == "https" else ""

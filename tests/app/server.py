@@ -39,8 +39,8 @@ def serving(engine, limits, page=True, auth=None):
         studio.close()
 
 
-def wait_for(condition, seconds=10.0, what="it"):
-    """Wait until `condition()` is true; returns what it gave."""
+def wait_for(condition, seconds=60.0, what="it"):
+    """Wait until `condition()` is true; returns what it gave. The default only keeps a hang from lasting."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if result := condition():

@@ -271,7 +271,7 @@ def test_twenty_sessions_are_all_served_in_order_none_mixed_and_memory_is_back(m
     streams += [studio.create(ask(seed, prompt="red", ahead=3.0)) for seed in range(5)]
     most = 0
     order = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while any(s.status != ENDED for s in streams) and time.monotonic() < deadline:
         running = [s for s in streams if s.status == RUNNING]
         most = max(most, len(running))

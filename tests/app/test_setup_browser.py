@@ -76,7 +76,7 @@ def test_examples_play_at_one_click(page):
     assert page.sent[0]["prompt"].startswith("A large yellow star") and page.sent[0]["seed"] == 7
     page.click("[data-example='4']")
     page.wait_for_function("studio.views.length === 1 && studio.active?.player.began")
-    assert "prompt" not in page.sent[1] and page.sent[1]["script"].count("[5s]") == 4
+    assert page.sent[1]["prompt"] is None and page.sent[1]["script"].count("[5s]") == 4
 
 
 def test_without_h264_pictures_are_drawn_on_a_canvas(fake_server, chromium):
