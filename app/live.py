@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from streamvid.app import memory
 from streamvid.app.engine import Opening
 from streamvid.app.events import Bell, EventLog
 from streamvid.app.history import History, Shot
@@ -437,7 +437,7 @@ class LiveStream:
         self.recording.close()
         self._tell_receipts()
         self.events.add("ended", reason=reason, message=message)
-        gc.collect()  # the caches of a stream are large, and something may still point at them in a circle
+        memory.give_back()
         self._ended(self)
 
     @property

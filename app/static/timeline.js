@@ -106,8 +106,8 @@ export class Timeline {
 }
 
 function newShot(shot) {
-  const box = element("button", "sv-shot", element("i", ""), element("b", "", shot.prompt));
-  if (shot.policy) box.append(element("small", "", shot.policy));
+  const words = shot.policy ? [element("small", "", shot.policy), shot.prompt] : [shot.prompt];
+  const box = element("button", "sv-shot", element("i", ""), element("b", "", ...words));
   box.dataset.shot = shot.shot;
   box.title = shot.prompt;
   return box;

@@ -266,7 +266,7 @@ def test_an_error_of_the_engine_ends_the_stream_with_a_message(make):
 
 
 def test_twenty_sessions_are_all_served_in_order_none_mixed_and_memory_is_back(make):
-    studio = make(speed=200.0, ballast=4 * 2**20, sessions=2, queue=32)
+    studio = make(speed=200.0, ballast=4 * 2**20, sessions=2, queue=32, linger_seconds=600)
     streams = [studio.create(ask(seed, prompt=["red", "green", "blue"][seed % 3])) for seed in range(15)]
     streams += [studio.create(ask(seed, prompt="red", ahead=3.0)) for seed in range(5)]
     most = 0
