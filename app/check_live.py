@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 from streamvid.app.chromium import app_server, apply_prompt, chromium, open_page
@@ -211,7 +212,8 @@ def leave(page: Any, url: str) -> Bound:
 
 def check_memory(url: str, visitors: int = VISITORS) -> Bound:
     """Many people at once, most of them in the queue; then resident memory is back where it was after as many."""
-    visit_at_once(url, visitors)  # the process keeps what it needs for several at once
+    for _ in range(2):  # the process keeps what it needs for several at once
+        visit_at_once(url, visitors)
     before = resident(url)
     visit_at_once(url, visitors)
     words = f"resident memory after {visitors} more queued sessions"
@@ -226,18 +228,17 @@ def visit_at_once(url: str, visitors: int) -> None:
     lengths: list[int] = []
 
     def visit(seed: int) -> None:
-        script = f"{DAY} [2s]"
-        with httpx.Client(base_url=url, timeout=None) as client:
-            answer = client.post("/api/streams", json={"script": script, "seed": seed, "ahead": 10})
-            name = answer.raise_for_status().json()["stream"]
-            lengths.append(len(client.get(f"/api/streams/{name}/video.mp4?start=beginning").content))
-            client.delete(f"/api/streams/{name}")
+        body = {"script": f"{DAY} [1.5s]", "seed": seed, "ahead": 10}
+        name = client.post("/api/streams", json=body).raise_for_status().json()["stream"]
+        lengths.append(len(client.get(f"/api/streams/{name}/video.mp4?start=beginning").content))
+        client.delete(f"/api/streams/{name}")
 
     threads = [threading.Thread(target=visit, args=(seed,)) for seed in range(visitors)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with httpx.Client(base_url=url, timeout=None) as client:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     if len(lengths) < visitors or min(lengths) < 1000:
         raise RuntimeError(f"only {len(lengths)} of {visitors} visitors were served")
     while health(url)["in_memory"]:
@@ -245,16 +246,14 @@ def visit_at_once(url: str, visitors: int) -> None:
 
 
 def health(url: str) -> dict[str, Any]:
-    import httpx
-
-    return httpx.get(f"{url}/healthz").json()
+    with urlopen(f"{url}/healthz") as answer:
+        return json.load(answer)
 
 
 def resident(url: str) -> float:
     """Megabytes that the server's process has in memory."""
-    import httpx
-
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    with urlopen(f"{url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
     value = next(line.split()[1] for line in lines if line.startswith("process_resident_memory_bytes "))
     return float(value) / 1e6
 

@@ -121,6 +121,7 @@ class LiveStream:
         self.chunks: int = self.first_chunk
         self.prompts: deque[LivePrompt] = deque(maxlen=500)
         self.last_chunk: dict[str, Any] = {}
+        self.in_memory = False  # whether it holds caches
         self.viewers = 0
         self.was_watched = False
         self.touched = self.steered = time.monotonic()
@@ -312,7 +313,7 @@ class LiveStream:
         try:
             stream = self.opening.open()
             with self._change:
-                self._stream = stream
+                self._stream, self.in_memory = stream, True
                 self._change.notify_all()
             del stream
             self.events.add("started", start=self.start)
@@ -438,12 +439,8 @@ class LiveStream:
         self._tell_receipts()
         self.events.add("ended", reason=reason, message=message)
         memory.give_back()
+        self.in_memory = False
         self._ended(self)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether it holds caches."""
-        return self._stream is not None
 
     def join(self, seconds: float | None = None) -> None:
         """Wait until the worker has ended; `close` was called."""

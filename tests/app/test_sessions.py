@@ -151,7 +151,8 @@ def test_an_ended_stream_that_can_still_be_exported_holds_no_caches(make):
         stream.close()
         wait_for(lambda stream=stream: stream.status == ENDED)
     wait_for(lambda: not studio.engine.alive, what="freeing the caches")
-    assert studio.counts()["in_memory"] == 0 and export_mp4(child).exists()
+    wait_for(lambda: studio.counts()["in_memory"] == 0)
+    assert export_mp4(child).exists()
 
 
 def test_an_ended_stream_stays_while_its_tab_does_but_not_for_ever(make, monkeypatch):
