@@ -69,7 +69,7 @@ class Bound:
 
     @property
     def passed(self) -> bool:
-        return self.least <= self.value <= self.most
+        return bool(self.least <= self.value <= self.most)
 
     def __str__(self) -> str:
         bounds = f"at most {self.most:g}" if self.least <= 0 else f"{self.least:g} to {self.most:g}"
@@ -89,19 +89,22 @@ def main() -> None:
         bounds, notes = check(browser, url, options.seconds)
         bounds.append(check_memory(url))
     print(*bounds, *(f"      {name}: {value}" for name, value in notes.items()), sep="\n")
-    passed = all(bound.passed for bound in bounds)
     if options.json:
-        result = {
-            "command": f"python -m streamvid.app.check_live --model {options.model} --seconds {options.seconds:g}",
-            "version": __version__,
-            "machine": {"cores": os.cpu_count(), "system": platform.platform()},
-            "load_average_before": load,
-            "passed": passed,
-            "bounds": [{**asdict(bound), "passed": bound.passed} for bound in bounds],
-            **notes,
-        }
+        command = f"python -m streamvid.app.check_live --model {options.model} --seconds {options.seconds:g}"
+        result = {"command": command, "load_average_before": load, **as_dict(bounds, notes)}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
-    sys.exit(not passed)
+    sys.exit(not all(bound.passed for bound in bounds))
+
+
+def as_dict(bounds: list[Bound], notes: dict[str, Any]) -> dict[str, Any]:
+    """Plain values for JSON."""
+    return {
+        "version": __version__,
+        "machine": {"cores": os.cpu_count(), "system": platform.platform()},
+        "passed": all(bound.passed for bound in bounds),
+        "bounds": [{**asdict(bound), "passed": bound.passed} for bound in bounds],
+        **notes,
+    }
 
 
 def check(

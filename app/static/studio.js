@@ -168,7 +168,7 @@ class Studio {
       theme: () => this.theme(), open: () => $("sv-open-file").click(), toggle: () => this.toggle() };
     try {
       if (simple[action]) return await simple[action]();
-      if (!this.needed()) return;
+      if (action !== "stop" && !this.needed()) return; // stop also leaves the queue
       const { name } = this.active, live = this.together ? this.views : [this.active];
       if (action === "stop") for (const view of this.views) { view.hold(); await api.stop(view.name); }
       if (action === "cut") for (const view of live) view.typed(await api.cut(view.name), performance.now());
@@ -269,8 +269,8 @@ class Studio {
     $("sv-queue").textContent = state === "queued" ? `You are number ${view.place ?? "…"} in the queue. It starts by itself.` : "";
     const toggle = document.querySelector('[data-action="toggle"] path');
     toggle.setAttribute("d", state === "running" ? "M7 5h3.5v14H7zM13.5 5H17v14h-3.5z" : "M8 5.5v13l11-6.5z");
-    for (const name of ["stop", "cut", "reset", "fork"]) document.querySelector(`[data-action="${name}"]`).disabled = !["running", "paused"].includes(state);
-    for (const name of ["save"]) document.querySelector(`[data-action="${name}"]`).disabled = !["running", "paused"].includes(state);
+    document.querySelector('[data-action="stop"]').disabled = !["queued", "running", "paused"].includes(state);
+    for (const name of ["cut", "reset", "fork", "save"]) document.querySelector(`[data-action="${name}"]`).disabled = !["running", "paused"].includes(state);
     for (const name of ["film", "script"]) document.querySelector(`[data-action="${name}"]`).disabled = !view?.chunks.length;
   }
 

@@ -375,6 +375,11 @@ def test_the_queue_shows_the_place_and_starts_by_itself(open_page):
         start(first, "red", 1)
         second.click("#sv-start")
         second.wait_for_function("document.querySelector('#sv-queue').textContent.includes('number 1')")
+        second.click("[data-action=stop]")  # leaves the queue
+        second.wait_for_function("studio.active.ended")
+        wait_for(lambda: server.studio.counts()["waiting_sessions"] == 0)
+        second.click("#sv-start")
+        second.wait_for_function("document.querySelector('#sv-queue').textContent.includes('number 1')")
         first.click("[data-action=stop]")
         second.wait_for_function("studio.active?.status === 'running' && studio.active.player.began")
 

@@ -1,11 +1,12 @@
 """The check of the studio's bounds: right numbers from the bar-coded engine, and failures where something is wrong."""
 
+import json
 import time
 
 import pytest
 from barcode import FakeEngine
 from server import serving, slowness
-from streamvid.app.check_live import Bound, check, check_memory, export, first_frame, hold, watch
+from streamvid.app.check_live import Bound, as_dict, check, check_memory, export, first_frame, hold, watch
 from streamvid.app.chromium import open_page
 from streamvid.app.limits import Limits
 
@@ -18,6 +19,8 @@ def test_a_visit_is_within_all_bounds(fake_server, chromium):
     for name in ("first_frame_s", "longest_gap_ms", "freed_s"):
         assert 0 < names[name].value < names[name].most * slowness(), str(names[name])
     assert names["pace"].value < 1.05 and "frames_shown" in names
+    stored = json.loads(json.dumps(as_dict(bounds, notes)))
+    assert stored["passed"] == all(bound["passed"] for bound in stored["bounds"])
     assert notes["prompt_to_pixel_s"] > 0 and notes["hud_p95"].endswith("s")
 
 
