@@ -25,7 +25,7 @@ from streamvid.errors import UserError
 from streamvid.given import encode_frames, fill_blocks, frames_of, given_clips
 from streamvid.methods import Method, load_method
 from streamvid.models import embedded_models
-from streamvid.noise import NoiseSource, ReferenceNoise, SeededNoise
+from streamvid.noise import NoiseSource, drawn_seed, noise_source
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.script import Script, load_script
 from streamvid.script_fields import MAX_PROMPT_CHARACTERS
@@ -36,7 +36,6 @@ from streamvid.timeline import timeline
 from streamvid.tiny_decoder import TinyDecoder
 from streamvid.transformer import CausalWanTransformer3DModel
 
-NOISE_ORDERS = ("seeded", "reference")
 # (pipeline, step or chunk, its time, what can be seen) -> what shall be changed
 EndCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 # arguments of other pipelines that have nothing to act on here, and why
@@ -243,25 +242,17 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         first = replace(first, prompts=prompts)
         chosen = self._method(method, overrides, num_inference_steps)
         fps = self.config.fps if fps is None else fps
-        seed = self._seed(seed, generator, noise, len(prompts))
-        shots = (
-            None
-            if plan is None
-            else timeline(
-                plan,
-                fps,
-                chosen.frames_per_block,
-                self.temporal_ratio,
-                chosen.transition,
-                continued=not (image is None and video is None),
-            )
-        )
+        shots = None
+        if plan is not None:
+            per_block, ratio = chosen.frames_per_block, self.temporal_ratio
+            continued = image is not None or video is not None
+            shots = timeline(plan, fps, per_block, ratio, chosen.transition, continued)
         size = self.latent_size(height, width)
-        length = (
-            shots.blocks if shots is not None else blocks
-        )  # of the clip whose noise the releases draw at once
+        length = blocks if shots is None else shots.blocks
         frames = None if length is None else length * chosen.frames_per_block
-        source = self._noise(noise, seed, len(prompts), frames, (self.transformer.config.in_channels, *size))
+        seed = seed if generator is None else drawn_seed(generator, seed, noise, len(prompts))
+        shape = self.transformer.config.in_channels, *size
+        source = noise_source(noise, seed, len(prompts), frames, shape, self.transformer.device)
         attention = attention or self.transformer.attention_name
         stream = VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
         for kind, given in (("image", image), ("video", video)):
@@ -316,22 +307,6 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
             ]
         return chosen.with_overrides(overrides)
 
-    def _seed(self, seed, generator, noise, videos: int) -> int | list[int] | None:
-        """What the generators draw in place of a seed."""
-        if generator is None:
-            return seed
-        if seed is not None or callable(noise):
-            raise UserError("generator and seed or a noise source exclude each other: give one of them")
-        if not isinstance(generator, torch.Generator) and len(generator) != videos:
-            raise UserError(
-                f"generator has {len(generator)} generators for {videos} videos: give one, or one per video"
-            )
-        draws = [
-            int(torch.randint(2**62, (), generator=source, device=source.device))
-            for source in ([generator] if isinstance(generator, torch.Generator) else generator)
-        ]
-        return draws[0] if isinstance(generator, torch.Generator) else draws
-
     def _as_script(self, script: Script | str | Path | Sequence[str]) -> Script | None:
         if isinstance(script, Script):
             return script
@@ -342,31 +317,6 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         ):
             return load_script(script)
         return None
-
-    def _noise(
-        self, noise, seed, batch: int, frames: int | None, frame_shape: tuple[int, int, int]
-    ) -> NoiseSource:
-        if callable(noise):
-            return noise
-        seed = 0 if seed is None else seed
-        if noise == "seeded":
-            seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
-            if not all(isinstance(number, int) and number >= 0 for number in seeds):
-                raise UserError(f"seed = {seed} must be a whole number from 0, or a list of them")
-            if len(seeds) != batch:
-                raise UserError(
-                    f"seed = {seeds} has {len(seeds)} numbers for {batch} videos: give one per video"
-                )
-            return SeededNoise(seeds, frame_shape)
-        if noise == "reference":
-            if frames is None:
-                raise UserError(
-                    "noise = 'reference' needs a known length: give blocks or a script with durations"
-                )
-            if not isinstance(seed, int):
-                raise UserError(f"seed = {seed} must be one number with noise = 'reference'")
-            return ReferenceNoise(seed, batch, frames, frame_shape, self.transformer.device)
-        raise UserError(f"noise = {noise!r} is not known: choose one of {', '.join(NOISE_ORDERS)}")
 
     @torch.no_grad()
     def __call__(

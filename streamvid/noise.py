@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamvid.errors import UserError
+
 NoiseSource = Callable[[int, int, int], torch.Tensor]
+NOISE_ORDERS = ("seeded", "reference")
 
 
 class SeededNoise:
@@ -92,6 +95,69 @@ class ReferenceNoise:
             "drawn": drawn,
             "first_frame": first_frame,
         }
+
+
+def noise_source(
+    noise: str | NoiseSource,
+    seed: int | Sequence[int] | None,
+    videos: int,
+    frames: int | None,
+    frame_shape: tuple[int, int, int],
+    device: torch.device | str = "cpu",
+) -> NoiseSource:
+    """The source that is meant: one of `NOISE_ORDERS`, or one at hand.
+
+    Args:
+        seed: one number (video i takes `seed + i`) or one per video; None: 0.
+        frames: latent frames of the whole clip, which the releases' order draws at once.
+
+    Raises:
+        UserError: a seed is no whole number from 0, there are too many, or the order wants something else.
+    """
+    if callable(noise):
+        return noise
+    seed = 0 if seed is None else seed
+    if noise == "seeded":
+        seeds = [seed + i for i in range(videos)] if isinstance(seed, int) else list(seed)
+        if not all(isinstance(number, int) and number >= 0 for number in seeds):
+            raise UserError(f"seed = {seed} must be a whole number from 0, or a list of them")
+        if len(seeds) != videos:
+            raise UserError(
+                f"seed = {seeds} has {len(seeds)} numbers for {videos} videos: give one per video"
+            )
+        return SeededNoise(seeds, frame_shape)
+    if noise == "reference":
+        if frames is None:
+            raise UserError(
+                "noise = 'reference' needs a known length: give blocks or a script with durations"
+            )
+        if not isinstance(seed, int):
+            raise UserError(f"seed = {seed} must be one number with noise = 'reference'")
+        return ReferenceNoise(seed, videos, frames, frame_shape, device)
+    raise UserError(f"noise = {noise!r} is not known: choose one of {', '.join(NOISE_ORDERS)}")
+
+
+def drawn_seed(
+    generator: torch.Generator | Sequence[torch.Generator],
+    seed: Any,
+    noise: str | NoiseSource,
+    videos: int,
+) -> int | list[int]:
+    """What generators draw in place of a seed: one number, or with one generator per video a number from each.
+
+    Raises:
+        UserError: there is a seed or a noise source too, or the generators are not as many as the videos.
+    """
+    if seed is not None or callable(noise):
+        raise UserError("generator and seed or a noise source exclude each other: give one of them")
+    one = isinstance(generator, torch.Generator)
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if not one and len(generators) != videos:
+        raise UserError(
+            f"generator has {len(generators)} generators for {videos} videos: give one, or one per video"
+        )
+    draws = [int(torch.randint(2**62, (), generator=source, device=source.device)) for source in generators]
+    return draws[0] if one else draws
 
 
 def noise_state(noise: NoiseSource) -> Any:

@@ -6,6 +6,7 @@ chunks. Both must make the same chunks, bit for bit, and every receipt must say 
 """
 
 import threading
+from contextlib import suppress
 from itertools import count
 
 import numpy as np
@@ -42,6 +43,7 @@ commands = st.one_of(
     st.tuples(st.just("prompt"), st.sampled_from([FOX, CAT, SNOW]), st.sampled_from(POLICIES)),
     st.tuples(st.just("cut"), st.sampled_from([None, SNOW])),
     st.tuples(st.just("reset"), st.sampled_from([None, 7])),
+    st.just(("crash",)),
 )
 
 
@@ -85,6 +87,17 @@ class Run:
 
     def reset(self, seed: int | None) -> None:
         self.stream.reset(seed)
+
+    def crash(self) -> None:
+        """A block fails, and something else is asked for before it is tried again."""
+        if self.folder is None:
+            return
+        before = self.stream.state()
+        self.stream.sampler.on_step_end = lambda *_: 1 / 0
+        with suppress(ZeroDivisionError):
+            assert next(self.stream, None) is None  # the stream is over
+        self.stream.sampler.on_step_end = None
+        assert self.stream.state() == before and self.stream.block == before.block
 
     # disturbances, each with the chunk after it
 
@@ -157,11 +170,17 @@ def told(state) -> tuple:
     return state.block, state.media_time, state.prompts, state.attended
 
 
-@settings(max_examples=30, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.sampled_from(list(STREAMS)), st.lists(commands, min_size=2, max_size=14))
 @example(
     "from a picture",
     [("next", None), ("reset", None), ("next", ("fail", 1, MemoryError)), ("next", ("save",))],
+)
+@example(
+    "longlive",
+    [("next", None)] * 3
+    + [("prompt", CAT, "recache"), ("crash",), ("prompt", SNOW, "cross_only"), ("next", None)]
+    + [("reset", None), ("crash",)],
 )
 @example(
     "longlive", [("next", None)] * 3 + [("prompt", CAT, "blend(3)"), ("next", ("fork",)), ("next", ("save",))]
