@@ -10,7 +10,7 @@ compute in float32 and round once, where the twins round after every operation. 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -29,16 +29,16 @@ class Meetings(NamedTuple):
     Attributes:
         buffer: keys and values with the evicted frames, keys rotated.
         mixed: takes the new averages.
-        starts: int32 `[sinks + 1]`; sink frame s meets those from `starts[s]` to `starts[s + 1]`.
-        evicted: int32 `[n]`, index of the evicted frame in its buffer.
+        starts: sink frame s meets those from `starts[s]` to `starts[s + 1]`.
+        evicted: of all meetings, index of the evicted frame in its buffer.
         shares: float32 `[n, B, 2]`: of the average, and of the evicted frame.
         back: turns an evicted frame's keys back to no rotation, each `[n * T, 1 or H, D / 2]`.
     """
 
     buffer: KeyValue
     mixed: KeyValue
-    starts: torch.Tensor
-    evicted: torch.Tensor
+    starts: Sequence[int]
+    evicted: Sequence[int]
     shares: torch.Tensor
     back: Rotation
 
@@ -95,7 +95,7 @@ def norm_rotate_write(
 
 
 def fuse_sink(
-    average: KeyValue, meetings: Meetings | None, stored: KeyValue, at: Rotation, placed: torch.Tensor
+    average: KeyValue, meetings: Meetings | None, stored: KeyValue, at: Rotation, placed: Sequence[bool]
 ) -> None:
     """Average evicted frames into the sink and write it where attention reads it: `share * average + share * evicted`.
 
@@ -105,7 +105,7 @@ def fuse_sink(
     Args:
         average: what the sink's frames are; tokens of S frames.
         stored: buffer whose first S frames are the sink; its keys are rotated by `at`, `[S * T, 1 or H, D / 2]`.
-        placed: int32 `[S]`: 1 where a frame is written to `stored`, else 0.
+        placed: which of the sink's frames are written to `stored`.
     """
     tokens = average[0].shape[2] // len(placed)
     kind = average[0].dtype
@@ -113,13 +113,13 @@ def fuse_sink(
     def frame(x: torch.Tensor, index) -> torch.Tensor:
         return x[:, :, index * tokens : (index + 1) * tokens]
 
-    for sink, place in enumerate(placed.tolist()):
+    for sink, place in enumerate(placed):
         key, value = (frame(x, sink) for x in average)
         if meetings is not None:
-            for n in range(*meetings.starts[sink : sink + 2].tolist()):
+            for n in range(*meetings.starts[sink : sink + 2]):
                 old, new = meetings.shares[n, ..., None, None, None].unbind(1)
                 by = Rotation(*(x[n * tokens : (n + 1) * tokens] for x in meetings.back))
-                gone_k, gone_v = (frame(x, int(meetings.evicted[n])).to(kind) for x in meetings.buffer)
+                gone_k, gone_v = (frame(x, meetings.evicted[n]).to(kind) for x in meetings.buffer)
                 key = ((key * old).to(kind) + rotate(gone_k, by) * new).to(kind)
                 value = ((value * old).to(kind) + gone_v * new).to(kind)
             frame(meetings.mixed[0], sink).copy_(key)

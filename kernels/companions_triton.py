@@ -8,6 +8,8 @@ In Triton's interpreter a program takes many rows at once, because a program cos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -220,17 +222,21 @@ def fuse_sink_kernel(
 
 
 def fuse_sink(
-    average: KeyValue, meetings: Meetings | None, stored: KeyValue, at: Rotation, placed: torch.Tensor
+    average: KeyValue, meetings: Meetings | None, stored: KeyValue, at: Rotation, placed: Sequence[bool]
 ) -> None:
     layers, batch, length, heads, dim = average[0].shape
     tokens = length // len(placed)
     angles = [x.contiguous() for x in at]
-    met = meetings or Meetings(average, average, placed, placed, angles[0], at)  # a stand-in that is not read
+    met = meetings or Meetings(average, average, (), (), angles[0], at)  # a stand-in that is not read
+    starts, evicted, shown = (
+        torch.tensor(list(numbers), dtype=torch.int32, device=angles[0].device)
+        for numbers in (met.starts, met.evicted, placed)
+    )
     back = [x.contiguous() for x in met.back]
     rows, padded, warps = _grid(tokens, heads * dim)
     with device_of(average[0]):
         fuse_sink_kernel[triton.cdiv(tokens, rows), len(placed), layers * batch](
-            *average, *met.mixed, *met.buffer, *stored, met.starts, met.evicted, met.shares, *back, *angles, placed,
+            *average, *met.mixed, *met.buffer, *stored, starts, evicted, met.shares, *back, *angles, shown,
             *average[0].stride()[:3], *met.buffer[0].stride()[:3], *stored[0].stride()[:3],
             back[0].stride(0), _head_stride(back[0], heads), angles[0].stride(0), _head_stride(angles[0], heads),
             batch, tokens, C=heads * dim, D=dim, ROWS=rows, WIDTH=padded, MIXED=meetings is not None,

@@ -72,13 +72,13 @@ def arguments(name: str, sizes: Sizes, device, dtype: torch.dtype) -> tuple:
         meetings = Meetings(
             pair(evicted),
             pair(sinks, torch.float32),
-            number.integers(0, 2, 3),
-            number.integers(2, 0, 1),
+            (0, 2, 3),
+            (2, 0, 1),
             number(evicted, batch, 2, dtype=torch.float32).sigmoid(),
             number.turn(evicted * tokens, 1, dim),
         )
         at = number.turn(sinks * tokens, 1, dim)
-        return pair(sinks, torch.float32), meetings, pair(4), at, number.integers(1, 0)
+        return pair(sinks, torch.float32), meetings, pair(4), at, (True, False)
     raise KeyError(name)
 
 

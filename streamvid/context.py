@@ -170,8 +170,9 @@ class ContextCache:
         self._own = frozen + contiguous_runs(slots, self.tokens_per_frame, plan.frozen)
         self._frozen_runs = len(frozen)
         if self.companions is not PLAIN:
-            later = [-1] * plan.frozen + slots[plan.frozen :]
-            self._slots = self._integers(slots), self._integers(later)
+            unfrozen = [-1] * plan.frozen + slots[plan.frozen :]
+            first, later = (torch.tensor(s, dtype=torch.int32, device=self.device) for s in (slots, unfrozen))
+            self._slots = first, later
         self._begun.clear()
         if self.options.fuse:
             self._fuse(plan, anchor)
@@ -252,7 +253,7 @@ class ContextCache:
         self.written_at |= at
         sink = range(self.sink_slots)
         by = self._turn((at[shown[slot].frame] if slot in shown else 0.0 for slot in sink), anchor)
-        placed = self._integers([int(slot in shown) for slot in sink])
+        placed = [slot in shown for slot in sink]
         self.companions.fuse_sink(average, meetings, self._all_stored(), by, placed)
 
     def _meetings(self, plan: BlockPlan) -> Meetings:
@@ -275,14 +276,11 @@ class ContextCache:
         return Meetings(
             buffer,
             (self.fused_keys, self.fused_values),
-            self._integers([sum(s < sink for s, *_ in met) for sink in range(self.sink_slots + 1)]),
-            self._integers([place[evicted] for _, evicted, _ in met]),
+            [sum(s < sink for s, *_ in met) for sink in range(self.sink_slots + 1)],
+            [place[evicted] for _, evicted, _ in met],
             torch.stack([shares for *_, shares in met]).to(self.device),
             Rotation(back.cos, -back.sin),
         )
-
-    def _integers(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=self.device)
 
     def _all_stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all layers in one buffer that has the sink's slots first."""

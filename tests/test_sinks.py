@@ -207,3 +207,14 @@ def test_shares_that_stay():
     assert sink_update("memory", 0.0, (0.3, 0.6), 0.0)(meeting) == 0.6
     assert sink_update("memory", 0.0, (0.3, 0.6), 0.0)(meeting._replace(rank=-2)) == 0.3
     assert sink_update("adaptive", 0.0, (), 0.5)(meeting).flatten().tolist() == [1.0, 0.0]
+
+
+def test_evictions_read_nothing_back_from_the_device():
+    """On a GPU that would wait for it; the meta device has nothing to read (`streamvid plan` runs streams there)."""
+    options = WindowOptions(1, 3, 1, fuse=True)
+    cache = ContextCache(options, 1, 1, 6, (1, 2), (1, 1, 1), device="meta")
+    for _ in range(5):
+        plan = cache.planner.plan()
+        cache.begin(plan)
+        cache.commit(plan, torch.zeros(1, 1, 1, 1, 1, device="meta"))
+    assert cache.planner.fusions == 2

@@ -92,13 +92,13 @@ def test_a_sink_frame_is_averaged_with_what_it_meets_in_order():
     meetings = Meetings(
         evicted,
         mixed,
-        torch.tensor([0, 2, 2], dtype=torch.int32),
-        torch.tensor([0, 1], dtype=torch.int32),
+        (0, 2, 2),
+        (0, 1),
         torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]]),
         Rotation(gone.cos, -gone.sin),
     )
     at = rotation([1.0, 2.0], 1, tokens, dim)
-    PLAIN.fuse_sink(average, meetings, stored, at, torch.tensor([1, 1], dtype=torch.int32))
+    PLAIN.fuse_sink(average, meetings, stored, at, (True, True))
     torch.testing.assert_close(mixed[0][:, :, :tokens], ones)  # (0 + 8) / 2, a quarter of it
     torch.testing.assert_close(mixed[1][:, :, :tokens], 2.0 * ones)  # 4 / 2 / 4 + 2 * 3 / 4
     assert not mixed[0][:, :, tokens:].any() and not stored[1][:, :, tokens:].any()
