@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from streamvid.errors import UserError
 from streamvid.evaluation.backbones import BACKBONES, Backbones
 from streamvid.evaluation.manifest import MANIFEST, find_videos, name_problem, read_beside, write_manifest
@@ -17,7 +15,7 @@ from streamvid.evaluation.protocol import Protocol, jobs
 from streamvid.evaluation.registry import MetricRequest, all_metrics
 from streamvid.evaluation.report import write_report
 from streamvid.evaluation.results import build, to_json, write_all, write_text
-from streamvid.evaluation.run import Evaluation, outcomes_of
+from streamvid.evaluation.run import Evaluation, outcomes_of, processes
 from streamvid.evaluation.types import Video
 from streamvid.io.files import prepare_output_folder
 from streamvid.io.manifest import environment
@@ -125,7 +123,7 @@ def evaluate(
     backbones = Backbones(weights)
     evaluation = Evaluation(folder, videos, requests, backbones, produce, quiet)
     evaluation.run()
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return None
     if produce is not None:
         described = [read_beside(Path(v.path).with_suffix(".video.json")) for v in videos]
@@ -168,7 +166,7 @@ def _same_run(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"output = {str(folder)!r} holds a run with {name} = {known.get(name)!r} and this one has "
                 f"{text[name]!r}: give another folder"
             )
-    if PartialState().is_main_process and not known:
+    if processes().is_main_process and not known:
         write_text(path, to_json(text))
 
 

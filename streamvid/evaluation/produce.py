@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -66,6 +67,12 @@ class ArchiveWriter:
         raise ffmpeg_error(self.path, self._messages.read(), code, "nothing of it is kept")
 
 
+def own_device(device: str) -> str:
+    """`auto` as the GPU of this process, where several processes and several GPUs share a run."""
+    count, rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    return f"cuda:{int(rank) % count}" if device == "auto" and count > 1 and rank is not None else device
+
+
 class Producer:
     """Makes the videos of jobs with one model and method; a finished one is only read.
 
@@ -94,7 +101,7 @@ class Producer:
     @property
     def pipe(self) -> StreamVidPipeline:
         if self._pipe is None:
-            self._pipe = load_pipeline(self.model, self.device, self.dtype)
+            self._pipe = load_pipeline(self.model, own_device(self.device), self.dtype)
         return self._pipe
 
     def __call__(self, video: Video) -> Video:

@@ -59,6 +59,11 @@ def read_shards(folder: Path) -> Stored:
     return stored
 
 
+def processes() -> PartialState:
+    """The processes that share a run. They only wait for one another, which needs no GPU; whoever asks first decides."""
+    return PartialState(cpu=True)
+
+
 RECORD = ("key", "video", "metric", "seconds", *Outcome.__dataclass_fields__)
 
 
@@ -150,7 +155,7 @@ class Evaluation:
 
     def run(self) -> None:
         """Measure this process's share; afterwards the shards hold everything."""
-        state = PartialState(cpu=self.backbones.device == "cpu")
+        state = processes()
         share = max(1, (os.cpu_count() or 1) // state.num_processes)
         torch.set_num_threads(min(torch.get_num_threads(), share))
         cv2.setNumThreads(min(torch.get_num_threads(), share))

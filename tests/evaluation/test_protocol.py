@@ -7,7 +7,7 @@ import pytest
 from streamvid.cli import main
 from streamvid.errors import UserError
 from streamvid.evaluation import evaluate as evaluation
-from streamvid.evaluation.produce import Producer
+from streamvid.evaluation.produce import Producer, own_device
 from streamvid.evaluation.protocol import jobs, load_protocol, protocol_names, script_of, seed_of
 from streamvid.evaluation.registry import all_metrics, resolve
 from streamvid.script import load_script
@@ -140,3 +140,13 @@ def test_a_protocol_runs_and_goes_on(tmp_path, monkeypatch, capsys):
             load_protocol(str(tmp_path / "tiny.yaml")), run, method="self_forcing", quiet=True
         )
     assert main([*arguments, "--plan"]) == 0 and "2 videos" in capsys.readouterr().out
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert own_device("auto") == "auto"  # one process alone: the pipeline chooses
+    for rank, device in enumerate(("cuda:0", "cuda:1", "cuda:0")):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert own_device("auto") == device and own_device("cpu") == "cpu"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert own_device("auto") == "auto"
