@@ -63,6 +63,14 @@ def test_a_pipeline_is_cast(pipe):
     assert pipe.stream(PROMPT).cache.keys.dtype == torch.bfloat16
 
 
+def test_a_pipeline_is_moved_with_all_its_parts(pipe):
+    pipe.register_modules(tiny_decoder=TinyDecoder(widths=(8, 8, 8, 8), blocks=(1, 1, 1)))
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(parts) == 4 and {part.device.type for part in parts} == {"cpu"}
+    pipe.to("meta")
+    assert {p.device.type for part in parts for p in part.parameters()} == {"meta"}
+
+
 def test_parts_are_shared_and_replaced(pipe):
     other = StreamVidPipeline.from_pipe(pipe, height=48)
     assert other.transformer is pipe.transformer and other.config.height == 48
