@@ -185,8 +185,10 @@ EFFECTS = {
     "denoising_steps": ({}, LEVELS[:1]),
     "first_denoising_steps": ({}, LEVELS[:1]),
     "recompute": ({}, True),
+    "reencode": ({"recompute": True, "sink": 0}, True),
     "context_timestep": ({}, 100.0),
     "context_window": (ROLLING, "release"),
+    "cache_frames": (ROLLING, 7),  # full windows see three older frames
     "kv_dtype": ({}, "int8"),
     "transition": ({}, "cut"),
 }
@@ -205,7 +207,8 @@ MORE_EFFECTS = {
 
 def shown(overrides, pipe=None) -> torch.Tensor:
     """Nine blocks, another prompt from the fourth on."""
-    stream = (pipe or tiny.pipeline()).stream(FOX, overrides=overrides, decode_pixels=False)
+    pixels = "reencode" in overrides
+    stream = (pipe or tiny.pipeline()).stream(FOX, overrides=overrides, decode_pixels=pixels)
     frames = []
     while len(frames) < 9:
         if len(frames) == 3:

@@ -35,7 +35,7 @@ def stream_and_latents(blocks: int, prompt: str = FOX, **options):
 @torch.no_grad()
 def switch(stream, policy: str, prompt: str = CAT) -> None:
     """Apply a policy to the stream's cache, as the stream would before its next block."""
-    prompt_kv = stream._keys_of((prompt,))
+    prompt_kv = stream.prompt_keys.of_prompts((prompt,))
     switch_policy(policy).apply(stream.cache, lambda plan: stream._context_pass(plan, prompt_kv))
 
 
