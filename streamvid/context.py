@@ -350,10 +350,10 @@ class ContextCache:
     def attend_projected(self, layer: int, q_BLC, k_BLC, v_BLC, norm_q, norm_k) -> torch.Tensor:
         """`attend` of projections and the norms of queries and keys: in the steady state one pass writes them."""
         one_pass = self.companions.norm_rotate_write
-        compresses = (
-            self._plan.compressed_from and layer not in self._begun
-        )  # needs the keys beside the window
-        if one_pass is PLAIN.norm_rotate_write or self._raw_tokens or compresses:
+        plain = one_pass is PLAIN.norm_rotate_write or torch.compiler.is_compiling()
+        # a compression needs the block's keys beside the window
+        compresses = self._plan.compressed_from and layer not in self._begun
+        if plain or self._raw_tokens or compresses:
             q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (norm_q(q_BLC), norm_k(k_BLC), v_BLC))
             return self.attend(layer, q, k, v)
         into = self._storage(layer)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from streamvid.kernels import windowed
-from streamvid.kernels.companions import PLAIN
+from streamvid.kernels.companions import PLAIN, companions
 
 from streamvid import compression, context
 from streamvid.errors import UserError
@@ -108,6 +108,17 @@ def test_a_stream_through_the_kernels_is_the_stream(name):
         *(latents(start(a, **options), blocks) for a in ("triton", "reference")),
         rounded="kv_dtype" in options,
     )
+
+
+@pytest.mark.parametrize("name", ["longlive_infinite", "deep_forcing", "averaged, int8", "longlive, kivi2"])
+def test_other_backends_take_the_fused_kernels_too(name, monkeypatch):
+    """As on a GPU with any backend: written in one pass, attended as ever."""
+    options, fused = STREAMS[name], companions("triton", "cpu")
+    plain = start("sdpa", **options)
+    monkeypatch.setattr(context, "companions", lambda attention, device: fused)
+    stream = start("sdpa", **options)
+    assert stream.cache.companions is fused and not stream.cache.in_place
+    same(latents(stream, 5), latents(plain, 5), rounded="kv_dtype" in options)
 
 
 def test_batches_have_windows_of_their_own(twins):
