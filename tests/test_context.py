@@ -233,7 +233,7 @@ any_event = st.sampled_from(SWITCHES) | st.sampled_from(["fails", "undone", 0.3,
 def test_any_stream_attends_as_written_out(options, history, undone, bias, released):
     """Whatever sinks, positions, shots, switches and failures come together."""
     released = released and options.positions == "sink_before_window"
-    stream = Direct(replace(options, sink_filling="clean"), bias=bias)  # others: test_parity_random.py
+    stream = Direct(options, bias=bias)
     for event in history:
         if event == "undone":
             stream.fail_after(undone)
