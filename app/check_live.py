@@ -233,11 +233,13 @@ def visit_at_once(url: str, visitors: int) -> None:
     def visit(seed: int) -> None:
         body = {"script": f"{DAY} [1.5s]", "seed": seed, "ahead": 10}
         name = client.post("/api/streams", json=body).raise_for_status().json()["stream"]
-        lengths.append(len(client.get(f"/api/streams/{name}/video.mp4?start=beginning").content))
-        client.delete(f"/api/streams/{name}")
+        video = client.get(f"/api/streams/{name}/video.mp4?start=beginning").content
+        client.delete(f"/api/streams/{name}").raise_for_status()
+        lengths.append(len(video))
 
     threads = [threading.Thread(target=visit, args=(seed,)) for seed in range(visitors)]
-    with httpx.Client(base_url=url, timeout=None) as client:
+    own = httpx.Limits(max_keepalive_connections=0)  # one that waits may be closed just as it is used again
+    with httpx.Client(base_url=url, timeout=None, limits=own) as client:
         for thread in threads:
             thread.start()
         for thread in threads:
