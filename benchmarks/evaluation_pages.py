@@ -23,7 +23,8 @@ def sensitivity_lines() -> str:
         [
             f"{result['clips']} renders of the embedded world ({result['about']}), each with every failure injected in turn "
             f"(`{result['command']}`). Area under the ROC curve: the chance that a clip with the failure scores worse than "
-            f"one without any, 0.5 for a metric that does not care; a metric's own failure in bold, the lowest {worst:.3f}.",
+            f"one without any, 0.5 for a metric that does not care; a metric's own failure in bold, the lowest {worst:.3f}. "
+            f"`{sensitivity.DEAR}`, which is slow, sees its own failure on every clip and one of the others in turns.",
             "",
             sensitivity.table(result),
             "",
