@@ -196,8 +196,8 @@ def main() -> None:
         "command": f"{command} --rounds {given.rounds} --device {given.device}",
         **environment(given.device),
         "machine": machine(device),
+        "memory": memory(*shape, device),  # first: what a process has freed and kept would hide what it takes
         "speed": speed(*shape, device, given.rounds, given.matrix),
-        "memory": memory(*shape, device),
     }
     write_record(record, given.output)
 
