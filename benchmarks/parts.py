@@ -4,19 +4,22 @@
 
 All on one thread, in CPU seconds of that thread (so that a busy machine disturbs little), in turns, medians.
 Decoding: a plain `vae.decode` (diffusers, as loaded), streamvid.decoding, and a tiny decoder if one is given with its PSNR.
-Denoising: benchmarks.naive, which does what the releases do, and a stream.
+Denoising: benchmarks.naive, which does what the releases do, with the weights as loaded; a stream with separate context
+passes; a stream as it is; with `--compile` one whose blocks are compiled, after the seconds that this takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from streamvid.bench import PROMPT, write_record
-from streamvid.checkpoints import load_vae
+from streamvid.checkpoints import load_transformer, load_vae
 from streamvid.decoding import decode_to_bytes, decoder_state, latent_statistics
 from streamvid.io.manifest import environment
 from streamvid.machine import in_turns, machine
@@ -68,22 +71,42 @@ def decoding(pipe, plain_vae, tiny, rounds: int) -> dict[str, Any]:
     return result
 
 
-def denoising(pipe, rounds: int) -> dict[str, Any]:
+def denoising(pipe, folder: Path, rounds: int, compiled: bool) -> dict[str, Any]:
     """Milliseconds of CPU per block of a full window, with LongLive's absolute positions."""
+
+    def another_pipeline() -> Any:
+        transformer = load_transformer(folder, dtype=pipe.transformer.dtype)
+        return type(pipe)(**{**pipe.components, "transformer": transformer}, **sizes)
+
+    sizes = {name: pipe.config[name] for name in ("height", "width", "fps", "method")}
     method = load_method("longlive")
     blocks = WARM_UP + rounds + 1
     shape = (pipe.transformer.config.in_channels, *pipe.latent_size(None, None))
-    stream = pipe.stream(PROMPT, method=method, blocks=blocks, decode_pixels=False)
+    options: dict[str, Any] = {"method": method, "blocks": blocks, "decode_pixels": False}
+    loops: dict[str, Any] = {
+        "separate": pipe.stream(PROMPT, context_pass="separate", **options),
+        "stream": pipe.stream(PROMPT, **options),
+    }
+    plain = another_pipeline()
     with torch.no_grad():
-        prompt_kv = pipe.transformer.prompt_kv(pipe.encode_prompt(PROMPT).to(pipe.transformer.dtype))
-    naive = naive_blocks(pipe, method, prompt_kv, SeededNoise([0], shape), blocks)
-    for _ in range(WARM_UP):
-        next(stream)
-        next(naive)
-    result: dict[str, Any] = milliseconds(
-        in_turns({"naive": lambda: next(naive), "stream": lambda: next(stream)}, rounds)
-    )
-    result["stream_faster_than_naive"] = round(result["naive"] / result["stream"], 3)
+        prompt_kv = plain.transformer.prompt_kv(pipe.encode_prompt(PROMPT).to(pipe.transformer.dtype))
+    loops["naive"] = naive_blocks(plain, method, prompt_kv, SeededNoise([0], shape), blocks)
+    seconds = {}
+    if compiled:
+        other = another_pipeline()
+        other.transformer.compile_repeated_blocks()
+        loops["compiled"] = other.stream(PROMPT, **options)
+    for name, loop in loops.items():
+        began = time.perf_counter()
+        for _ in range(WARM_UP):
+            next(loop)
+        seconds[name] = time.perf_counter() - began
+    routes = {name: partial(next, loop) for name, loop in loops.items()}
+    result: dict[str, Any] = milliseconds(in_turns(routes, rounds))
+    for name in sorted(loops.keys() - {"naive"}):
+        result[f"{name}_faster_than_naive"] = round(result["naive"] / result[name], 3)
+    if compiled:
+        result["compilation_s"] = round(seconds["compiled"] - seconds["stream"], 1)
     return result
 
 
@@ -94,19 +117,23 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tiny", help="folder of a tiny decoder")
+    parser.add_argument("--compile", action="store_true", help="also a transformer whose blocks are compiled")
     parser.add_argument("--output", default="benchmarks/results/parts.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipe = load_pipeline(options.model)
-    plain_vae = load_vae(Path(resolve_model(options.model)), dtype=pipe.vae.dtype)
+    folder = Path(resolve_model(options.model))
+    plain_vae = load_vae(folder, dtype=pipe.vae.dtype)
     tiny = None if options.tiny is None else load_tiny_decoder(options.tiny, pipe.vae.dtype)
     command = f"python -m benchmarks.parts --model {options.model} --rounds {options.rounds}"
     result = {
-        "command": command + (f" --tiny {options.tiny}" if options.tiny else ""),
+        "command": command
+        + (f" --tiny {options.tiny}" if options.tiny else "")
+        + " --compile" * options.compile,
         **environment("cpu"),
         "machine": machine(torch.device("cpu")),
         "decoding_ms_per_block": decoding(pipe, plain_vae, tiny, options.rounds),
-        "denoising_ms_per_block": denoising(pipe, options.rounds),
+        "denoising_ms_per_block": denoising(pipe, folder, options.rounds, options.compile),
     }
     write_record(result, options.output)
 

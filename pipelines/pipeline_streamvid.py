@@ -193,6 +193,7 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         noise: str | NoiseSource = "seeded",
         attention: str | None = None,
         decode_pixels: bool = True,
+        context_pass: str = "auto",
         image: Any = None,
         video: Any = None,
     ) -> VideoStream:
@@ -212,6 +213,7 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
             noise: `seeded` (from seed, block and step), `reference` (the releases' draw order), or a noise source.
             attention: attention backend; default: the transformer's (`set_attention_backend`).
             decode_pixels: False leaves `chunk.videos` empty.
+            context_pass: of a finished block: `separate`, or `joint` with the next block's first step (`VideoStream`).
             image, video: a picture or a clip to go on from (`streamvid.given` says in which forms). It is scaled to cover
                 the size, cut around its middle, encoded, and taken for blocks made before the first one; the chunks begin
                 after it. A picture stands still for one block; of a clip, the last frames that fill whole blocks are taken.
@@ -254,7 +256,9 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         shape = self.transformer.config.in_channels, *size
         source = noise_source(noise, seed, len(prompts), frames, shape, self.transformer.device)
         attention = attention or self.transformer.attention_name
-        stream = VideoStream(self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels)
+        stream = VideoStream(
+            self, chosen, first, size, source, fps, shots, blocks, attention, decode_pixels, context_pass
+        )
         for kind, given in (("image", image), ("video", video)):
             if given is not None:
                 stream.begin_with(

@@ -1,6 +1,8 @@
 """Decoding beside denoising: while chunks become pixels in threads, the next block is already being denoised.
 
-For files, where nobody waits for the next prompt to show: a consumer is two blocks behind what the stream has made.
+A consumer is two blocks behind what the stream has made: for files, where nobody waits for the next prompt to show. A live
+consumer takes one block (`blocks_ahead=1`): as many frames per second but for the halves of the decoder,
+which then wait for each other, and a prompt that shows one block later than without.
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ def decodes_beside_on(device: torch.device) -> bool:
     return device.type == "cpu" and (os.cpu_count() or 1) > 1
 
 
-def decode_ahead(stream: VideoStream) -> Iterator[Chunk]:
+def decode_ahead(stream: VideoStream, blocks_ahead: int = BLOCKS_AHEAD) -> Iterator[Chunk]:
     """The chunks of a stream made with `decode_pixels=False`, with their pixels, in order.
+
+    Args:
+        blocks_ahead: how many blocks the stream has made more than were yielded. It is steered as ever; what is asked
+            of it (`prompt`, `cut`, `reset`) shows after these blocks. A fork or a file of it lacks the decoder's memory.
 
     A line of three threads: this one denoises, two others do a half of the decoding each. If the stream fails, what it made
     before is decoded and yielded first.
@@ -71,7 +77,7 @@ def decode_ahead(stream: VideoStream) -> Iterator[Chunk]:
         try:
             for chunk in stream:
                 waiting.append(first.submit(first_half, chunk))
-                if len(waiting) > BLOCKS_AHEAD:
+                if len(waiting) > blocks_ahead:
                     yield waiting.popleft().result().result()
         except GeneratorExit:
             raise

@@ -157,8 +157,12 @@ class ContextCache:
         quantised = 0 if self.quantised is None else self.quantised.bytes
         return quantised + sum(t.numel() * t.element_size() for t in tensors)
 
-    def begin(self, plan: BlockPlan) -> None:
-        """Prepare the forwards of a block: rotation of its tokens, slots to write, keys that have to be re-aligned."""
+    def begin(self, plan: BlockPlan, realign: bool = True) -> list[tuple[int, Rotation]]:
+        """Prepare the forwards of a block: rotation of its tokens, slots to write, keys that have to be re-aligned.
+
+        Returns:
+            With `realign=False`, slots of the sink whose keys the caller has to rotate afresh from `raw_keys`, and by what.
+        """
         self._plan = plan
         anchor = self._anchor(plan)
         self._rotation = self._query_rotation = self._turn(slot.position + anchor for slot in plan.own)
@@ -180,9 +184,15 @@ class ContextCache:
             self.quantised.begin([slot.slot for slot in plan.own], list(self.planner.slot_of.values()))
         if self.ledger is not None:
             self.ledger.begin(plan)
+        moves: list[tuple[int, Rotation]] = []
         for slot in self._shown_sink(plan) if not self.options.fuse else ():
-            if self.rotated_at[slot.frame] != slot.position + anchor:  # also where it is NO_POSITION
-                self._realign(slot, slot.position + anchor, anchor)
+            position = slot.position + anchor
+            if self.rotated_at[slot.frame] != position:  # also where it is NO_POSITION
+                if realign:
+                    self._realign(slot, position, anchor)
+                else:
+                    moves.append((slot.slot, self._turn([position], anchor)))
+                    self.rotated_at[slot.frame] = self.written_at[slot.frame] = position
         own = {slot.frame: slot.position + anchor for slot in plan.own}
         self.rotated_at |= own
         self.written_at |= own
@@ -190,6 +200,7 @@ class ContextCache:
         # raw keys are needed only while the block lies in slots that may be re-aligned
         raw_slots = [slot for slot in plan.own if slot.slot < self.sink_slots]
         self._raw_tokens = min(len(raw_slots) * self.tokens_per_frame, self.raw_keys.shape[2])
+        return moves
 
     def _shown_sink(self, plan: BlockPlan) -> list[WindowSlot]:
         """Finished frames of the sink whose positions may move."""
@@ -225,12 +236,16 @@ class ContextCache:
             return self.quantised.span(slot)
         return self.keys[:, :, self._span(slot)], self.values[:, :, self._span(slot)]
 
+    def rotate_sink(self, slot: int, by: Rotation, layers: slice = slice(None)) -> None:
+        """Write a sink slot's keys, in all layers or some: its raw ones, rotated."""
+        span = self._span(slot)
+        self._stored(slot)[0][layers].copy_(rotate(self.raw_keys[layers, :, span], by))
+
     def _realign(self, slot: WindowSlot, position: float, anchor: float) -> None:
         """Attend a sink slot at a new position: its raw key is rotated there in all layers, or all keys on load."""
         self.rotated_at[slot.frame] = position
         if not self.in_place:
-            by, span = self._turn([position], anchor), self._span(slot.slot)
-            self._stored(slot.slot)[0].copy_(rotate(self.raw_keys[:, :, span], by))
+            self.rotate_sink(slot.slot, self._turn([position], anchor))
             self.written_at[slot.frame] = position
 
     def _fuse(self, plan: BlockPlan, anchor: float) -> None:

@@ -170,6 +170,7 @@ def run_stream(case: Case) -> Iterator[Row]:
         noise=noise,
         attention=case.attention,
         decode_pixels=False,
+        context_pass="separate",  # also after the last block: a recording may end with its cache
     )
     if stream.cache.tokens_per_frame != latent["tokens_per_frame"]:
         raise UserError(

@@ -23,15 +23,36 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from streamvid.context import ContextCache
+from streamvid.joint_context import JointContext
 from streamvid.noise import NoiseSource
 from streamvid.schedule import FewStepFlowScheduler
-from streamvid.transformer import AttentionContext, CausalWanTransformer3DModel, PromptKV
+from streamvid.transformer import AttentionContext, CausalWanTransformer3DModel, PromptKV, TimeEmbedding
 from streamvid.window import BlockPlan
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 # timesteps and latents after a step -> latents to go on with
 StepEnd = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Steps = Sequence[tuple[float, float]]
+
+
+class TimeTable:
+    """Embeddings of the timesteps that a stream meets block after block, each computed once."""
+
+    LIMIT = 64  # a script's shots may have levels of their own
+
+    def __init__(self, transformer: CausalWanTransformer3DModel):
+        self.transformer = transformer
+        self.known: dict[tuple[int, tuple[float, ...]], TimeEmbedding] = {}
+
+    def __call__(self, batch: int, times: Sequence[float]) -> TimeEmbedding:
+        """Of one timestep per frame."""
+        key = batch, tuple(times)
+        if key not in self.known:
+            if len(self.known) >= self.LIMIT:
+                self.known.clear()
+            timestep = torch.tensor(key[1], device=self.transformer.device).expand(batch, -1)
+            self.known[key] = self.transformer.time_embedding(timestep)
+        return self.known[key]
 
 
 def few_step_block(
@@ -46,6 +67,8 @@ def few_step_block(
     solver: str = "renoise",
     exit_step: int | None = None,
     on_step_end: StepEnd | None = None,
+    times: TimeTable | None = None,
+    joint: JointContext | None = None,
 ) -> torch.Tensor:
     """Predict x0, go to the next level, repeat (Self Forcing, algorithm 2): clean latents `[B, C, F, H, W]`.
 
@@ -57,17 +80,20 @@ def few_step_block(
         exit_step: index of the step after which its x0 is taken for the result (training); None: the last.
         on_step_end: called after every step with its timestep and what the next step starts from, after the last the clean
             latents; its result takes their place.
+        times: of the stream; None: timesteps are embedded anew in every forward.
+        joint: the first forward takes the context pass of the block before along; `begin(plan)` was called on it.
     """
     last = len(steps) - 1 if exit_step is None else min(exit_step, len(steps) - 1)
     frames = len(plan.own)
     like = {"device": transformer.device, "dtype": transformer.dtype}
     x_t = noise(plan.block, 0, frames).to(**like)
-    timestep = torch.empty(x_t.shape[0], frames, device=transformer.device)
     unipc = UniPC(steps) if solver == "unipc" else None
     for index, (t, sigma) in enumerate(steps[: last + 1]):
-        output = transformer(x_t, timestep.fill_(t), prompt_kv=prompt_kv, context=context, return_dict=False)[
-            0
-        ]
+        if joint is not None and index == 0:
+            output = joint_forward(transformer, joint, x_t, t, prompt_kv, times)
+        else:
+            timestep = _timestep(transformer, times, x_t.shape[0], [t] * frames)
+            output = transformer(x_t, timestep, prompt_kv=prompt_kv, context=context, return_dict=False)[0]
         x_0 = scheduler.x0_from_output(output, x_t, sigma)
         if on_step is not None:
             on_step(index, x_t, x_0)
@@ -81,6 +107,35 @@ def few_step_block(
         if on_step_end is not None:
             x_t = on_step_end(torch.tensor(t), x_t)
     return x_t
+
+
+def _timestep(transformer, times: TimeTable | None, batch: int, values: list[float]):
+    """One timestep per frame, as a forward takes it."""
+    if times is not None:
+        return times(batch, values)
+    return torch.tensor(values, device=transformer.device).repeat(batch, 1)
+
+
+def joint_forward(
+    transformer: CausalWanTransformer3DModel,
+    joint: JointContext,
+    x_t: torch.Tensor,
+    t: float,
+    prompt_kv: PromptKV,
+    times: TimeTable | None,
+) -> torch.Tensor:
+    """The prediction for `x_t`, from the forward that also writes the clean keys of the block before."""
+    values = [joint.timestep] * joint.frames + [t] * x_t.shape[2]
+    both = torch.cat([joint.latents, x_t], 2)
+    timestep = _timestep(transformer, times, len(both), values)
+    return transformer(
+        both,
+        timestep,
+        prompt_kv=prompt_kv,
+        context=joint,
+        return_dict=False,
+        known_frames=joint.frames,
+    )[0]
 
 
 class UniPC:
@@ -124,6 +179,8 @@ class BlockInputs:
         new_scene: this block begins a scene of its own.
         context_timestep: of the context pass.
         exit_step: index of the step after which a block is taken as finished (training); None: the last.
+        times: embeddings of timesteps, once computed; None: computed in every forward.
+        joint: of the block before, whose context pass the first forward takes along; None: it was made.
     """
 
     transformer: CausalWanTransformer3DModel
@@ -136,12 +193,16 @@ class BlockInputs:
     context_timestep: float = 0.0
     new_scene: bool = False
     exit_step: int | None = None
+    times: TimeTable | None = None
+    joint: JointContext | None = None
 
     def context_pass(self, latents_BCFHW: torch.Tensor) -> None:
         """Write the clean keys and values of the planned frames (`cache.begin` was called)."""
-        shape = latents_BCFHW.shape[0], latents_BCFHW.shape[2]
-        timestep = torch.full(shape, self.context_timestep, device=latents_BCFHW.device)
-        self.transformer(latents_BCFHW, timestep, prompt_kv=self.prompt_kv, context=self.cache)
+        batch, frames = latents_BCFHW.shape[0], latents_BCFHW.shape[2]
+        timestep = _timestep(self.transformer, self.times, batch, [self.context_timestep] * frames)
+        self.transformer(
+            latents_BCFHW, timestep, prompt_kv=self.prompt_kv, context=self.cache, known_frames=frames
+        )
 
 
 class Sampler(Protocol):
@@ -194,7 +255,7 @@ class FewStepSampler:
             for past in inputs.cache.planner.recompute(plan):
                 inputs.cache.begin(past)
                 inputs.context_pass(inputs.cache.clean_latents(past))
-        inputs.cache.begin(plan)
+        (inputs.joint or inputs.cache).begin(plan)
         begins = plan.own[0].frame == inputs.cache.planner.scene_start
         latents = few_step_block(
             inputs.transformer,
@@ -209,6 +270,8 @@ class FewStepSampler:
             solver=self.solver,
             exit_step=inputs.exit_step,
             on_step_end=self.on_step_end,
+            times=inputs.times,
+            joint=inputs.joint,
         )
         return plan, latents
 

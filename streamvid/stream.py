@@ -31,6 +31,7 @@ from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.direction import Blend, BlockSetup, Director, PromptKeys
 from streamvid.errors import UserError
 from streamvid.given import encode_frames
+from streamvid.joint_context import CONTEXT_PASSES, PAYS_UP_TO, EvictedKeys, JointContext, can_be_joint
 from streamvid.methods import Method
 from streamvid.noise import (
     NoiseSource,
@@ -40,12 +41,13 @@ from streamvid.noise import (
     noise_from,
     noise_state,
 )
-from streamvid.sampler import BlockInputs
+from streamvid.sampler import BlockInputs, TimeTable
 from streamvid.saving import options_of
 from streamvid.stream_file import new_stream, save_stream, settings_of
-from streamvid.switching import switch_policy
+from streamvid.switching import SwitchPolicy, switch_policy
 from streamvid.timeline import Timeline
 from streamvid.transformer import PromptKV
+from streamvid.window import BlockPlan, plan_from, plan_state
 
 if TYPE_CHECKING:
     from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -66,6 +68,8 @@ class VideoStream:
         attention: name of the attention backend.
         decode_pixels: False leaves the chunks without pixels; their times stay what they would be. A method with `reencode`
             needs them in any case.
+        context_pass: `separate`, a forward of its own after each block; `joint`, with the first denoising step of the next
+            block (streamvid.joint_context), equal up to rounding; `auto`, the faster of the two where both can be.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class VideoStream:
         blocks: int | None = None,
         attention: str = "auto",
         decode_pixels: bool = True,
+        context_pass: str = "auto",
     ):
         if method.sampler == "rolling" and isinstance(noise, ReferenceNoise):
             raise UserError(
@@ -111,6 +116,13 @@ class VideoStream:
                 attention=attention,
                 **method.cache_options(),
             )
+        self.context_pass = context_pass
+        self.room = self._room()
+        self.unwritten: BlockPlan | None = (
+            None  # plan of the latest block, whose clean keys have yet to be written
+        )
+        self.told: PromptKV | None = None  # what that block was told, if it was made here
+        self.times: TimeTable | None = TimeTable(pipe.transformer)
         self.block = 0
         self.frames_shown = 0
         self.decoder: VaeState = decoder_state(pipe.decoder)
@@ -156,6 +168,24 @@ class VideoStream:
             self.cache.begin(plan)
             self.cache.commit(self.sampler.context_pass(inputs, plan, latents), latents)
         self._decode_past(self.given)
+
+    def _room(self) -> EvictedKeys | None:
+        """What joint context passes need; None where every block has its own."""
+        if self.context_pass not in CONTEXT_PASSES:
+            raise UserError(
+                f"context_pass = {self.context_pass!r} is not known: choose one of {', '.join(CONTEXT_PASSES)}"
+            )
+        can = self.method.sampler == "few_step" and not self.method.recompute and can_be_joint(self.cache)
+        if self.context_pass == "joint" and not can:
+            raise UserError(
+                "context_pass = joint needs sampler = few_step and whole frames that stay as they were written (no "
+                "recompute, sink_update, budget, past_bias, kv_dtype): take context_pass = auto"
+            )
+        pays = self.cache.tokens_per_frame * self.method.frames_per_block <= PAYS_UP_TO
+        if self.context_pass == "separate" or not can or (self.context_pass == "auto" and not pays):
+            return None
+        with _plain_tensors():
+            return EvictedKeys(self.cache)
 
     def prompt(self, text: str | list[str], policy: str | None = None) -> Receipt:
         """Switch to another prompt at the next block; thread-safe, the last call before the block wins.
@@ -286,11 +316,15 @@ class VideoStream:
         clock = Clock()
         setup, prompt_kv, events = self._set_up(clock, undo)
         inputs = self._inputs(setup, prompt_kv)
+        with clock.stage("context"):
+            inputs = self._take_along(inputs, setup, undo)
         with clock.stage("denoise"):
             self.cache.reencoded = self._reencoded()
             plan, latents = self.sampler.denoise(inputs)
-        with clock.stage("context"):
-            committed = self.sampler.context_pass(inputs, plan, latents)
+        committed = plan
+        if self.room is None:
+            with clock.stage("context"):
+                committed = self.sampler.context_pass(inputs, plan, latents)
         with clock.stage("decode"):
             decoder = setup.decoder.fork()
             videos = self._pixels(latents, decoder)
@@ -309,6 +343,8 @@ class VideoStream:
         with uninterrupted():
             # nothing but what `undo` brings back has changed what the next block is computed from
             self.cache.commit(committed, latents)
+            if self.room is not None:
+                self.unwritten, self.told = plan, prompt_kv
             self.sampler.commit()
             self._move_on(chunk, setup, decoder)
             undo.clear()
@@ -346,14 +382,39 @@ class VideoStream:
                 name = change.policy or self.method.transition
                 policy = switch_policy(name)
                 undo.append(partial(self.cache.load_state_dict, self.cache.snapshot()))
+                undo.append(partial(setattr, self, "unwritten", self.unwritten))
+                self._write_context(policy)
                 policy.apply(self.cache, lambda plan: self._context_pass(plan, prompt_kv))
                 events = (*events, f"switch:{name}")
                 if policy.restarts_decoder:
                     setup = replace(setup, decoder=decoder_state(self.pipe.decoder), new_scene=True)
         return setup, prompt_kv, events
 
+    def _take_along(
+        self, inputs: BlockInputs, setup: BlockSetup, undo: list[Callable[[], None]]
+    ) -> BlockInputs:
+        """The latest block's context pass goes with the first step of this one, if both are told the same."""
+        if self.unwritten is None or self.room is None:
+            return inputs
+        if setup.blend is not None and setup.blend.share(self.block - 1) < 1:
+            self._write_context()
+            return inputs
+        joint = JointContext(self.cache, self.unwritten, self.method.context_timestep, self.room)
+        undo.append(joint.restore)
+        return replace(inputs, joint=joint)
+
+    def _write_context(self, policy: SwitchPolicy | None = None) -> None:
+        """The latest block's context pass, if it has yet to be made and the policy leaves a use for it."""
+        plan = self.unwritten
+        if plan is not None and not (policy is not None and policy.forgets(self.cache.planner, plan)):
+            self.cache.begin(plan)
+            prompt_kv = self.told or self.prompt_keys.of_block(self._setup, self.block - 1)
+            self._inputs(self._setup, prompt_kv).context_pass(self.cache.clean_latents(plan))
+        self.unwritten = None
+
     def _begin_again(self, restart: Restart) -> None:
         """Block 0 comes next, under the current prompt."""
+        self.unwritten = None
         self.noise = noise_from(self.origin, self.pipe.transformer.device)
         if restart.seed is not None and isinstance(self.noise, SeededNoise):
             seeds = [restart.seed + i for i in range(len(self.current.prompts))]
@@ -390,6 +451,7 @@ class VideoStream:
             "given": self.given,
             "blend": blend and {"old": blend.old, "new": blend.new, "start": blend.start},
             "cache": self.cache.state_dict(compact),
+            "unwritten": None if compact or self.unwritten is None else plan_state(self.unwritten),
             "sampler": self.sampler.state_dict(),
             "decoder": None if compact else self.decoder.state_dict(),
             "shown": None if compact else self.shown,
@@ -405,6 +467,8 @@ class VideoStream:
             policy = switch_policy(self.current.policy or self.method.transition)
             self.blend = None if state["blend"] is None else Blend(**state["blend"], policy=policy)
             self.cache.load_state_dict(state["cache"])
+            unwritten = state.get("unwritten")
+            self.unwritten, self.told = None if unwritten is None else plan_from(unwritten), None
             self.sampler.load_state_dict(state["sampler"])
             self.decoder, self.shown = decoder_state(self.pipe.decoder), state.get("shown")
             if state["decoder"] is not None:
@@ -438,6 +502,7 @@ class VideoStream:
             self.blocks,
             self.method.context_timestep,
             setup.new_scene,
+            times=self.times,
         )
 
     def _context_pass(self, plan, prompt_kv: PromptKV) -> None:

@@ -50,6 +50,7 @@ def settings_of(stream: VideoStream) -> dict[str, Any]:
         "blocks": stream.blocks,
         "attention": stream.attention,
         "decode_pixels": stream.decode_pixels,
+        "context_pass": stream.context_pass,
     }
 
 
@@ -72,6 +73,7 @@ def new_stream(pipe: StreamVidPipeline, settings: Mapping[str, Any]) -> VideoStr
         settings["blocks"],
         settings["attention"],
         settings["decode_pixels"],
+        settings.get("context_pass", "separate"),  # files of before it was an option
     )
 
 

@@ -33,7 +33,7 @@ import torch
 from streamvid.context import ContextCache
 from streamvid.errors import UserError
 from streamvid.script_fields import OPTIONS_PATTERN
-from streamvid.window import BlockPlan
+from streamvid.window import BlockPlan, WindowPlanner
 
 Replay = Callable[[BlockPlan], None]
 ORDERS = ("causal", "bidirectional")
@@ -49,12 +49,19 @@ class SwitchPolicy:
         blocks: over how many blocks the prompt changes.
         mix: the prompt's embedding on the way, from the old, the new and the share of the new.
         restarts_decoder: whether the next block is the first of a video of its own.
+        rewrites: whether the policy writes the keys of recent frames anew.
     """
 
     apply: Callable[[ContextCache, Replay], None]
     blocks: int = 1
     mix: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = torch.lerp
     restarts_decoder: bool = False
+    rewrites: bool = False
+
+    def forgets(self, planner: WindowPlanner, plan: BlockPlan) -> bool:
+        """Whether no block to come will see the keys that the latest block, of `plan`, has now."""
+        in_sink = plan.own[0].frame < planner.sink_start + planner.options.sink
+        return self.restarts_decoder or (self.rewrites and not in_sink)
 
 
 def cross_only(cache: ContextCache, replay: Replay) -> None:
@@ -109,7 +116,7 @@ MIXES: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = 
 def _recache(order: str = "causal", sink: str = "keep") -> SwitchPolicy:
     if order not in ORDERS or sink not in SINKS:
         raise ValueError(f"recache takes one of {', '.join(ORDERS)} and one of {', '.join(SINKS)}")
-    return SwitchPolicy(partial(recache, order=order, sink=sink))
+    return SwitchPolicy(partial(recache, order=order, sink=sink), rewrites=True)
 
 
 def _blend(blocks: str = "4", mix: str = "lerp") -> SwitchPolicy:

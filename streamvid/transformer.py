@@ -45,6 +45,13 @@ class PromptKV(NamedTuple):
     values: list[torch.Tensor]
 
 
+class TimeEmbedding(NamedTuple):
+    """What the network makes of timesteps, computed once: the embedding `[B, F, C]` and its projection `[B, F, 6, C]`."""
+
+    embedding: torch.Tensor
+    modulation: torch.Tensor
+
+
 class FullAttention:
     """Bidirectional attention over all frames of the forward, at temporal positions 0, 1, 2, ..."""
 
@@ -121,7 +128,9 @@ class CausalWanBlock(nn.Module):
         prompt_value: torch.Tensor | None = None,
         context: AttentionContext | None = None,
         attention: AttentionFunction | None = None,
+        known_frames: int = 0,
     ):
+        """With `known_frames` the first so many frames only leave their keys and values in the context."""
         if modulation_BF6C is None:
             return self.attn2.key_value(x_BLC)
         assert prompt_key is not None and context is not None and attention is not None
@@ -131,13 +140,26 @@ class CausalWanBlock(nn.Module):
 
         fused = getattr(context, "companions", PLAIN)
         y = fused.modulated_norm(x_BLC, shift_sa, scale_sa, self.norm1.eps)
-        x_BLC = fused.gated_sum(x_BLC, self.attn1.project(self._attend(context, y)), gate_sa)
+        attend = _attend_untraced if torch.compiler.is_compiling() else CausalWanBlock._attend
+        attended = attend(self, context, y)
+        if known_frames:
+            tokens = known_frames * x_BLC.shape[1] // modulation_BF6C.shape[1]
+            x_BLC, attended = x_BLC[:, tokens:], attended[:, tokens:]
+            if x_BLC.shape[1] == 0:
+                return x_BLC
+            gate_sa, shift_ff, scale_ff, gate_ff = (
+                part[:, known_frames:] for part in (gate_sa, shift_ff, scale_ff, gate_ff)
+            )
+        x_BLC = fused.gated_sum(x_BLC, self.attn1.project(attended), gate_sa)
 
         # prompts may differ along the sequence: N equal groups of frames, each with its own text
         groups = prompt_key.shape[0] // x_BLC.shape[0]
         q = self.attn2.query(self.norm2(x_BLC))
-        q = q.unflatten(1, (groups, -1)).flatten(0, 1)
-        attended = attention(q, prompt_key, prompt_value).unflatten(0, (-1, groups)).flatten(1, 2)
+        if groups == 1:
+            attended = attention(q, prompt_key, prompt_value)
+        else:
+            q = q.unflatten(1, (groups, -1)).flatten(0, 1)
+            attended = attention(q, prompt_key, prompt_value).unflatten(0, (-1, groups)).flatten(1, 2)
         x_BLC = x_BLC + self.attn2.project(attended)
 
         y = fused.modulated_norm(x_BLC, shift_ff, scale_ff, self.norm3.eps)
@@ -154,6 +176,10 @@ class CausalWanBlock(nn.Module):
         )
 
 
+# a compiled block that knew its number or its context would be compiled anew for every layer and every block of a stream
+_attend_untraced = torch.compiler.disable(CausalWanBlock._attend)
+
+
 class ConditionEmbedder(nn.Module):
     """Time and text embeddings (names as in diffusers' `WanTimeTextImageEmbedding`)."""
 
@@ -164,15 +190,14 @@ class ConditionEmbedder(nn.Module):
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
 
-    def time(self, timestep_BF: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Time embedding `[B, F, C]` and its six-fold projection `[B, F, 6, C]`."""
+    def time(self, timestep_BF: torch.Tensor, dtype: torch.dtype) -> TimeEmbedding:
         half = self.freq_dim // 2
         # MPS has no float64; everywhere else the sinusoid keeps the precision of the release
         wide = torch.float32 if timestep_BF.device.type == "mps" else torch.float64
         exponent = torch.arange(half, dtype=wide, device=timestep_BF.device) / half
         angle = timestep_BF.to(wide)[..., None] * 10000.0**-exponent
         embedding = self.time_embedder(torch.cat([angle.cos(), angle.sin()], -1).to(dtype))
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+        return TimeEmbedding(embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1)))
 
 
 class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
@@ -234,6 +259,10 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         """
         return self(encoder_hidden_states=text_BLD)
 
+    def time_embedding(self, timestep_BF: torch.Tensor) -> TimeEmbedding:
+        """What `forward` takes in place of timesteps, to be computed once where they come again and again."""
+        return self(timestep=timestep_BF)
+
     @property
     def device(self) -> torch.device:
         """Where forwards run, also while an offload hook keeps the weights elsewhere."""
@@ -260,17 +289,23 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
     def forward(
         self,
         hidden_states: torch.Tensor | None = None,
-        timestep: torch.Tensor | None = None,
+        timestep: torch.Tensor | TimeEmbedding | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         prompt_kv: PromptKV | None = None,
         context: AttentionContext | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor] | PromptKV:
+        known_frames: int = 0,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor] | PromptKV | TimeEmbedding:
         """Prediction `[B, C, F, H, W]` for latents `[B, C, F, H, W]` at timesteps `[B]` or `[B, F]` in [0, 1000].
 
         Text comes as `encoder_hidden_states` or, computed before, as `prompt_kv`; given alone, its `PromptKV` is returned.
+        Of timesteps given alone their `TimeEmbedding` is returned, which may be given in their place.
         Without a `context` all frames attend each other, as in the bidirectional Wan.
+        Of the first `known_frames` nothing is predicted: they only leave their keys and values in the context.
         """
+        if hidden_states is None and timestep is not None:
+            assert isinstance(timestep, torch.Tensor)
+            return self.condition_embedder.time(timestep, self.dtype)
         if prompt_kv is None:
             assert encoder_hidden_states is not None, "give encoder_hidden_states or prompt_kv"
             text = self.condition_embedder.text_embedder(encoder_hidden_states.flatten(0, -3))
@@ -291,20 +326,28 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
                 self.attention_name,
             )
         x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
-        if timestep.ndim == 1:
-            timestep = timestep[:, None].expand(batch, frames)
-        embedding, modulation = self.condition_embedder.time(timestep, x.dtype)
+        if isinstance(timestep, torch.Tensor):
+            if timestep.ndim == 1:
+                timestep = timestep[:, None].expand(batch, frames)
+            timestep = self.condition_embedder.time(timestep, x.dtype)
+        embedding, modulation = timestep
 
         for block, key, value in zip(self.blocks, prompt_kv.keys, prompt_kv.values, strict=True):
+            # nobody uses what the last block makes of known frames
+            known = known_frames if block is self.blocks[-1] else 0
+            inputs = (x, modulation, key, value, context, attention, known)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, modulation, key, value, context, attention)
+                x = self._gradient_checkpointing_func(block, *inputs)
             else:
-                x = block(x, modulation, key, value, context, attention)
+                x = block(*inputs)
 
-        shift, scale = (self.scale_shift_table + embedding[:, :, None]).unbind(2)
-        fused = getattr(context, "companions", PLAIN)
-        x = self.proj_out(fused.modulated_norm(x, shift, scale, self.norm_out.eps))
-        sample = self._unpatchify(x, frames, rows, columns)
+        if known_frames == frames:
+            sample = hidden_states[:, :, :0]
+        else:
+            shift, scale = (self.scale_shift_table + embedding[:, known_frames:, None]).unbind(2)
+            fused = getattr(context, "companions", PLAIN)
+            x = self.proj_out(fused.modulated_norm(x, shift, scale, self.norm_out.eps))
+            sample = self._unpatchify(x, frames - known_frames, rows, columns)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _unpatchify(self, x_BLC: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:

@@ -215,6 +215,19 @@ class BlockPlan:
         return tuple(slot.position for slot in self.window if slot.frame >= 0)
 
 
+def plan_state(plan: BlockPlan) -> dict[str, Any]:
+    """A plan of whole frames as plain values (streamvid.saving)."""
+    slots = [(slot.slot, slot.frame, slot.position) for slot in plan.window]
+    return {"block": plan.block, "window": slots, "own": list(plan.frames), "evicted": list(plan.evicted)}
+
+
+def plan_from(state: Mapping[str, Any]) -> BlockPlan:
+    """The plan of a `plan_state`."""
+    window = tuple(WindowSlot(*slot) for slot in state["window"])
+    own = tuple(slot for slot in window if slot.frame in state["own"])
+    return BlockPlan(state["block"], window, own, tuple(state["evicted"]))
+
+
 class WindowPlanner:
     """Slots of one stream's window: which frame each holds, which are free."""
 

@@ -69,6 +69,22 @@ def test_the_stream_is_two_blocks_ahead_of_its_consumer():
     chunks.close()
 
 
+def test_a_live_consumer_is_one_block_behind_and_steers():
+    options = {"height": tiny.PIXELS, "width": tiny.PIXELS, "blocks": 6}
+    plain, blind = (tiny.pipeline().stream("a red fox", decode_pixels=on, **options) for on in (True, False))
+    beside = decode_ahead(blind, blocks_ahead=1)
+    shown = [next(beside), next(beside)]
+    assert blind.block == 3
+    receipt = blind.prompt("a blue cat", "cut")
+    shown += beside
+    expected = [next(plain) for _ in range(3)]
+    plain.prompt("a blue cat", "cut")
+    expected += plain
+    assert receipt.chunk == 3 and [chunk.new_scene for chunk in shown].index(True) == 3
+    for one, other in zip(expected, shown, strict=True):
+        assert np.array_equal(one.videos, other.videos)
+
+
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_what_was_made_before_a_failure_comes_first(at, monkeypatch):
     _, blind = streams(tiny.pipeline())

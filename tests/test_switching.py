@@ -28,6 +28,7 @@ def stream_of(blocks: int, prompt: str = FOX, **options):
 
 def stream_and_latents(blocks: int, prompt: str = FOX, **options):
     """... and all that it has shown."""
+    options = {"context_pass": "separate", **options}  # the cache is looked at between blocks
     stream = PIPE.stream(prompt, decode_pixels=False, **options)
     return stream, torch.cat([chunk.latents for chunk in islice(stream, blocks)], 2)
 

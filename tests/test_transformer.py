@@ -79,6 +79,38 @@ def test_videos_of_a_batch_do_not_see_each_other(model):
         torch.testing.assert_close(both[i : i + 1], one, atol=2e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_known_frames_leave_their_keys_and_nothing_else(model):
+    latents, rows = tiny.clip(0, 4, 2), tiny.text(1, 2, 2)
+    timestep = torch.tensor([[0.0, 0.0, 412.5, 3.0], [0.0, 0.0, 250.0, 250.0]])
+    rows = rows[:, :1].expand(-1, 2, -1, -1)
+
+    class Seen(FullAttention):
+        def attend(self, layer, q, k, v):
+            self.keys = [*getattr(self, "keys", []), k]
+            return super().attend(layer, q, k, v)
+
+    outputs, keys = [], []
+    for known in (0, 2, 4):
+        context = Seen(4, *tiny.GRID, 12, "cpu")
+        prompt_kv = model.prompt_kv(rows[:, 0])
+        outputs.append(
+            model(latents, timestep, prompt_kv=prompt_kv, context=context, known_frames=known).sample
+        )
+        keys.append(torch.stack(context.keys))
+    assert torch.equal(keys[0], keys[1]) and torch.equal(keys[0], keys[2])
+    torch.testing.assert_close(outputs[1], outputs[0][:, :, 2:], atol=2e-6, rtol=0)
+    assert outputs[2].shape[2] == 0
+
+
+@torch.no_grad()
+def test_embedded_timesteps_stand_for_themselves(model):
+    latents, rows = tiny.clip(0, FRAMES, 2), tiny.text(1, 2)
+    timestep = torch.tensor([[700.0] * FRAMES, [20.0] * FRAMES])
+    embedded = model.time_embedding(timestep)
+    assert torch.equal(model(latents, embedded, rows).sample, model(latents, timestep, rows).sample)
+
+
 def test_rms_norm_is_cast_before_it_is_scaled():
     norm = WanRMSNorm(16, 1e-6).bfloat16()
     norm.weight.data = tiny.normal(0, 16).bfloat16()

@@ -129,12 +129,17 @@ class GradientTap:
         self._told = [*self._told[-1:], (prompt_kv, text_BLD)]
         return prompt_kv
 
-    def __call__(self, hidden_states, timestep, prompt_kv, context, return_dict=True):
+    def __call__(self, hidden_states, timestep, prompt_kv, context, return_dict=True, **options):
         call = self.calls
         self.calls += not self.passing
         if self.passing or not self.chosen(call):
             return self.model(
-                hidden_states, timestep, prompt_kv=prompt_kv, context=context, return_dict=return_dict
+                hidden_states,
+                timestep,
+                prompt_kv=prompt_kv,
+                context=context,
+                return_dict=return_dict,
+                **options,
             )
         if self.gradient:
             text = next(text for known, text in self._told if known is prompt_kv)
@@ -232,8 +237,19 @@ class RolloutStream(VideoStream):
         self.exit_step: int | None = None
         first = PromptChange(tuple(prompts))
         super().__init__(
-            pipe, method, first, latent_size, noise, 16.0, None, blocks, attention, decode_pixels=False
+            pipe,
+            method,
+            first,
+            latent_size,
+            noise,
+            16.0,
+            None,
+            blocks,
+            attention,
+            decode_pixels=False,
+            context_pass="separate",
         )
+        self.times = None  # weights change
 
     def _inputs(self, state, prompt_kv) -> BlockInputs:
         inputs = super()._inputs(state, prompt_kv)

@@ -173,6 +173,26 @@ def test_repeated_blocks_are_compiled(pipe):
     assert sum(graphs) > 0
 
 
+def test_all_layers_share_their_programs():
+    """However many layers: one that needed its own would reach the compiler's limit and quietly stay uncompiled."""
+    programs = []
+    for layers in (2, 3):
+        pipe, graphs = tiny.new_pipeline(num_layers=layers), []
+
+        def backend(graph: torch.fx.GraphModule, inputs, graphs=graphs) -> Callable:
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        pipe.transformer.compile_repeated_blocks(backend=backend)
+        try:
+            latents(pipe)
+        finally:
+            torch._dynamo.reset()
+        programs.append(len(graphs))
+    assert programs[0] == programs[1] > 0
+
+
 # --- offloading: weights lie elsewhere until a part is called ---------------------------------------------------------
 
 
