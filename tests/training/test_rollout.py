@@ -34,7 +34,13 @@ def rollout(model=None, method="longlive", blocks=None, **changes) -> RolloutStr
 def streamed(method: str, blocks: int, switch_at: int | None = None, **changes) -> torch.Tensor:
     """Latents of inference."""
     stream = tiny.pipeline().stream(
-        PROMPTS, method=method, overrides=changes, seed=SEEDS, blocks=blocks, decode_pixels=False
+        PROMPTS,
+        method=method,
+        overrides=changes,
+        seed=SEEDS,
+        blocks=blocks,
+        decode_pixels=False,
+        context_pass="separate",  # as rollouts have them
     )
     chunks = list(islice(stream, switch_at or 0))
     if switch_at is not None:
