@@ -243,7 +243,12 @@ def test_a_long_stream_goes_on_over_steps_and_then_a_new_one_begins(stage):
     batch = made.phase_batch("critic", 0, 0, 0)
     prompts = [row[0] for row in batch["prompts"]]
     inference = made.pipeline().stream(
-        prompts, seed=batch["seeds"], method=made.method, blocks=10, decode_pixels=False
+        prompts,
+        seed=batch["seeds"],
+        method=made.method,
+        blocks=10,
+        decode_pixels=False,
+        context_pass="separate",
     )
     whole = torch.cat([chunk.latents for chunk in inference], 2)
     assert torch.equal(clips[0].latents, whole[:, :, :12])
@@ -291,7 +296,12 @@ def test_prompts_switch_at_a_chunk_by_the_policy_of_inference(stage, tmp_path):
     assert [clip.prompts[0] for clip in clips] == ["a red fox walks", "the cat runs", "night falls"]
     batch = made.phase_batch("critic", 0, 0, 0)
     stream = made.pipeline().stream(
-        ["a red fox walks"] * 2, seed=batch["seeds"], method=made.method, blocks=10, decode_pixels=False
+        ["a red fox walks"] * 2,
+        seed=batch["seeds"],
+        method=made.method,
+        blocks=10,
+        decode_pixels=False,
+        context_pass="separate",
     )
     latents = []
     for block in range(10):

@@ -607,6 +607,7 @@ def test_a_rollout_is_a_stream(stage, monkeypatch):
         noise=lambda block, step, frames: draws[block, step],
         attention="reference",
         decode_pixels=False,
+        context_pass="separate",
     )
     for block, chunk in enumerate(islice(stream, BLOCKS)):
         assert torch.equal(chunk.latents, own[:, :, 3 * block : 3 * block + 3])
