@@ -154,7 +154,9 @@ def test_a_stream_plans_the_same(name, policy, monkeypatch):
     cache = type(tiny.context_cache(window_options(method, 2)))
     begin = cache.begin
     monkeypatch.setattr(cache, "begin", lambda self, plan: (begun.append(plan), begin(self, plan)))
-    stream = tiny.pipeline().stream("a fox", method=method, blocks=blocks, decode_pixels=False)
+    stream = tiny.pipeline().stream(
+        "a fox", method=method, blocks=blocks, decode_pixels=False, context_pass="separate"
+    )
     for chunk in stream:
         if chunk.index == at - 1:
             stream.prompt("a red cat", policy)
