@@ -6,12 +6,12 @@ import argparse
 import json
 import os
 import platform
-import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from streamvid.evaluation.backbones import Backbones
 from streamvid.evaluation.engine import measure
@@ -20,6 +20,7 @@ from streamvid.evaluation.sources import open_source
 from streamvid.evaluation.types import Segment, Video
 from streamvid.io import open_writer
 from streamvid.io.files import replace_atomically
+from streamvid.machine import peak_memory
 
 METRICS = [
     "vbench.temporal_flickering",
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "size": [height, width],
         "frames_per_second": round(options.frames / wall, 2),
         "frames_per_cpu_second": round(options.frames / cpu, 2),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+        "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
         "cores": os.cpu_count(),
         "load_average_before": load,
         "machine": platform.processor() or platform.machine(),
