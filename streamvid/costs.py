@@ -2,8 +2,9 @@
 
     counts = count(Configuration(spec, load_method("longlive"), height=480, width=832))
 
-The real pipeline, stream, cache and decoder run, with shapes in place of numbers; one block of the transformer stands for
-all, which are alike. So nothing here has to be told how a method or a decoder works.
+The real pipeline, stream, cache and decoder run, with shapes in place of numbers; of the transformer's blocks, which are
+alike, the first stands for all but the last, of which a context pass takes only the keys. So nothing here has to be told how
+a method or a decoder works.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def count(configuration: Configuration) -> Counts:
     """Run a stream until its window is full, then count a block, a block at a prompt switch, and the decoding of one."""
     spec, dtype = configuration.spec, configuration.dtype
     layers, host = spec.transformer["num_layers"], configuration.on_cpu
-    pipe = spec.pipeline("meta", dtype, configuration.decoder, PROMPTS, blocks=1)
+    pipe = spec.pipeline("meta", dtype, configuration.decoder, PROMPTS, blocks=min(layers, 2))
     prompts = [PROMPTS[0]] * configuration.batch
     size = {"height": configuration.height, "width": configuration.width}
     with Meter(host) as held:
@@ -132,10 +133,10 @@ def count(configuration: Configuration) -> Counts:
     options = stream.cache.options
     for _ in range(-(-options.slots // options.frames_per_block) + 1):
         next(stream)
-    with _all_blocks(pipe.transformer.blocks[0], layers, Meter(host)) as denoise:
+    with _all_blocks(pipe.transformer.blocks[0], layers - 1, Meter(host)) as denoise:
         chunk = next(stream)
     stream.prompt(PROMPTS[1])
-    with _all_blocks(pipe.transformer.blocks[0], layers, Meter(host)) as switch:
+    with _all_blocks(pipe.transformer.blocks[0], layers - 1, Meter(host)) as switch:
         next(stream)
     with Meter(host) as copied:
         copy = stream.cache.snapshot()  # kept until the block of a switch is finished
@@ -157,7 +158,7 @@ def count(configuration: Configuration) -> Counts:
         transformer=_transformer_bytes(pipe.transformer, layers, configuration.weights),
         decoder=sum(size_of(part.parameters()) for part in {pipe.vae, pipe.decoder}),
         stream=held.live,
-        prompt=configuration.batch * layers * sum(size_of(tensors) for tensors in prompt_kv),
+        prompt=configuration.batch * layers * sum(size_of(tensors[:1]) for tensors in prompt_kv),
         memory=memory,
         activations=needed,
         small=small,
@@ -170,13 +171,13 @@ def count(configuration: Configuration) -> Counts:
 
 
 @contextmanager
-def _all_blocks(block: nn.Module, layers: int, meter: Meter) -> Iterator[Meter]:
-    """Count with a meter; calls within the one block that is there count for all."""
+def _all_blocks(block: nn.Module, times: int, meter: Meter) -> Iterator[Meter]:
+    """Count with a meter; calls within a block count so many times."""
 
     def within(times: int):
         return lambda *_: setattr(meter, "times", times)
 
-    hooks = [block.register_forward_pre_hook(within(layers)), block.register_forward_hook(within(1))]
+    hooks = [block.register_forward_pre_hook(within(max(times, 1))), block.register_forward_hook(within(1))]
     try:
         with meter:
             yield meter
@@ -201,10 +202,10 @@ def _decoding(decoder: Decoder, latents: torch.Tensor, beside: bool) -> tuple[in
 
 
 def _transformer_bytes(transformer: Any, layers: int, weights: str) -> int:
-    """Of all layers, one of which is there."""
-    block = transformer.blocks[0]
+    """Of all layers, a few of which are there."""
+    block, there = transformer.blocks[0], len(transformer.blocks)
     plain, inside = size_of(transformer.parameters()), size_of(block.parameters())
-    return plain - inside + layers * (inside - bytes_saved(block, weights))
+    return plain - there * inside + layers * (inside - bytes_saved(block, weights))
 
 
 @lru_cache

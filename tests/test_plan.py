@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from planned import reduced
 
 from streamvid.cli import build_parser, main
 from streamvid.costs import Configuration, count
@@ -110,7 +111,7 @@ prompts = ["a red star", "a blue star"]
 if model == "diorama":
     pipe = load_pipeline(model, "cpu", "bfloat16")
 else:
-    from tests.test_plan import reduced
+    from tests.planned import reduced  # nothing that would take memory itself
     pipe = reduced().pipeline("cpu", torch.bfloat16, prompts=prompts)
 method = load_method("longlive", {"window": window})
 stream = pipe.stream([prompts[0]], method=method, decode_pixels=not beside, blocks=window // 3 + 2)
@@ -119,27 +120,6 @@ for chunk in decode_ahead(stream) if beside else stream:
         stream.prompt(prompts[1])
 print(peak_memory(torch.device("cpu")))
 """
-
-
-def reduced():
-    """Of the shapes of Wan 1.3B, everything smaller."""
-    spec = WAN_SPECS["1.3B"]
-    transformer = {
-        "num_attention_heads": 6,
-        "ffn_dim": 3072,
-        "num_layers": 24,
-        "text_dim": 128,
-        "text_len": 40,
-    }
-    return replace(
-        spec,
-        transformer={**spec.transformer, **transformer},
-        vae={**spec.vae, "base_dim": 24},
-        text_encoder=model_spec("diorama").text_encoder,
-        scheduler={**spec.scheduler, "denoising_steps": (1000,)},
-        height=96,
-        width=160,
-    )
 
 
 @pytest.mark.parametrize(("model", "window", "beside"), [("diorama", 12, True), ("reduced", 6, False)])

@@ -29,8 +29,11 @@ OPTIONS = {
 }
 
 
+STREAM = ("blocks", "noise", "seed", "context_pass")  # arguments of the stream, not of the method
+
+
 def start(**overrides):
-    options = {name: overrides.pop(name) for name in ("blocks", "noise", "seed") if name in overrides}
+    options = {name: overrides.pop(name) for name in STREAM if name in overrides}
     chosen = OPTIONS | overrides
     return tiny.pipeline().stream(FOX, overrides=chosen, decode_pixels=False, **options)
 
@@ -278,7 +281,7 @@ def test_a_block_enters_after_so_many_forwards(micro_steps, most):
 
 
 def test_a_buffer_of_one_block_is_the_few_step_sampler():
-    plain = start(sampler="few_step", blocks=6)
+    plain = start(sampler="few_step", blocks=6, context_pass="separate")
     assert torch.equal(latents(start(micro_steps=len(LEVELS), blocks=6)), latents(plain))
 
 
