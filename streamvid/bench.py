@@ -335,15 +335,24 @@ def scaling(subject: Subject, pipe: StreamVidPipeline, blocks: int) -> dict[str,
 
 
 def long_stream(subject: Subject, pipe: StreamVidPipeline, length: int) -> dict[str, Any]:
-    """Block time and memory early and late in one stream: medians of `LONG_SPAN` blocks from block 50 and at the end."""
-    times, memory = [], []
-    for _, seconds in timed(subject, subject.stream(pipe, blocks=length)):
-        times.append(seconds)
+    """Block time and memory early and late in a stream, medians of `LONG_SPAN` blocks.
+
+    Memory is that of the stream alone, from block 50 and at the end. Times are those of its last blocks and of a second
+    stream's from block 50 on, taken in turns: whatever else the machine does meanwhile would make any two blocks differ.
+    """
+    old, memory = subject.stream(pipe, blocks=length), []
+    for _ in range(length - LONG_SPAN):
+        next(old)
         held = torch.cuda.memory_allocated(subject.device) if subject.device.type == "cuda" else resident()
         memory.append(held / 1e6)
-    start, end = slice(50, 50 + LONG_SPAN), slice(-LONG_SPAN, None)
-    early, late = (statistics.median(times[span]) for span in (start, end))
-    memory_early, memory_late = (statistics.median(memory[span]) for span in (start, end))
+    young = subject.stream(pipe)
+    for _ in range(50):
+        next(young)
+    times = [[seconds_of_next(subject, stream) for stream in (young, old)] for _ in range(LONG_SPAN)]
+    early, late = map(statistics.median, zip(*times, strict=True))
+    memory_early, memory_late = (
+        statistics.median(memory[span]) for span in (slice(50, 50 + LONG_SPAN), slice(-LONG_SPAN, None))
+    )
     return {
         "blocks": length,
         "block_ms_at_50": round(1000 * early, 2),
@@ -353,6 +362,14 @@ def long_stream(subject: Subject, pipe: StreamVidPipeline, length: int) -> dict[
         "memory_mb_at_end": round(memory_late, 1),
         "memory_ratio": round(memory_late / memory_early, 4),
     }
+
+
+def seconds_of_next(subject: Subject, stream: Iterator[Chunk]) -> float:
+    """Of one block, the device's last work included."""
+    began = time.perf_counter()
+    next(stream)
+    settle(subject.device)
+    return time.perf_counter() - began
 
 
 FIRST_FRAME = """

@@ -146,12 +146,33 @@ def subject_of_diorama() -> bench.Subject:
     return bench.Subject(configuration, torch.device("cpu"), lambda: None, "diorama")
 
 
+class Slowing:
+    """A stream whose blocks take longer from the 300th on and keep memory from the 200th on, by a clock of its own."""
+
+    def __init__(self, clock: dict[str, float]):
+        self.clock, self.block = clock, 0
+
+    def __next__(self):
+        self.block += 1
+        self.clock["now"] += 0.2 if self.block > 300 else 0.1
+        self.clock["held"] += self.block > 200
+
+
 def test_a_long_stream_is_compared_with_its_beginning(monkeypatch):
-    seconds = [0.1] * 250 + [0.2] * 250
-    monkeypatch.setattr(bench, "timed", lambda subject, chunks: ((None, value) for value in seconds))
-    monkeypatch.setattr(bench.Subject, "stream", lambda *arguments, **options: None)
-    found = bench.long_stream(subject_of_diorama(), None, 500)
-    assert found["time_ratio"] == 2.0 and found["blocks"] == 500
+    clock = {"now": 0.0, "held": 100e6}
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(bench, "resident", lambda: clock["held"] * (1 if clock["held"] < 100000100 else 3))
+    streams: list[Slowing] = []
+
+    def stream(*arguments, **options):
+        streams.append(Slowing(clock))
+        return streams[-1]
+
+    monkeypatch.setattr(bench.Subject, "stream", stream)
+    found = bench.long_stream(subject_of_diorama(), None, 700)
+    assert [made.block for made in streams] == [700, 250]
+    assert found["time_ratio"] == pytest.approx(2.0) and found["memory_ratio"] == 3.0
+    assert found["blocks"] == 700
 
 
 @pytest.mark.parametrize(
