@@ -71,7 +71,7 @@ def kill_amid(command: Sequence[str], folder: Path, after: int) -> None:
         if time.monotonic() > deadline:
             kill_tree(process)
             raise SystemExit(f"after {PATIENCE} s no {after} videos are measured")
-        time.sleep(0.01)
+        time.sleep(0.1)
     kill_tree(process)
 
 
