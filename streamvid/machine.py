@@ -174,13 +174,21 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> int:
-    """Begin `peak_memory` anew (of a process: on Linux only); the bytes held now."""
+    """Begin `peak_memory` anew (of a process: on Linux only, and without what it has freed); the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    _trim()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return resident()
+
+
+def _trim() -> None:
+    """Give the system what this process has freed; with glibc only."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 @contextmanager
@@ -190,7 +198,7 @@ def giving_back() -> Iterator[None]:
     if not hasattr(library, "mallopt"):
         yield
         return
-    library.malloc_trim(0)
+    _trim()
     library.mallopt(M_MMAP_THRESHOLD, 2**16)
     try:
         yield
