@@ -1,4 +1,4 @@
-"""Write the numbers of stored results into README.md and, of docs/, diorama.md, methods.md, evaluation.md and speed.md.
+"""Write the numbers of stored results into README.md and the pages of docs/ that have marks for them.
 
 `python -m benchmarks.readme` writes, with `--check` it only compares.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import evaluation_pages
 from benchmarks.claims import claims_table, leaders_table
-from streamvid.evaluation import method_table
+from streamvid.evaluation import findings, method_table
 from streamvid.evaluation.adherence import table
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +22,7 @@ PLANS = ROOT / "benchmarks/results/plans.json"
 WEIGHTS = ROOT / "benchmarks/results/weights.json"
 ADHERENCE = ROOT / "docs/diorama_adherence.json"
 METHODS = ROOT / "docs/method_table.json"
+FINDINGS = ROOT / "docs/findings.json"
 
 
 def table_lines(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -220,6 +221,11 @@ def method_lines() -> str:
     )
 
 
+def findings_lines() -> str:
+    """The field's questions, as answered by `streamvid.evaluation.findings`."""
+    return "\n".join(findings.page_lines(json.loads(FINDINGS.read_text()))).rstrip()
+
+
 def fill(path: Path, name: str, content: str) -> str:
     """The file's text with the block called `name` replaced."""
     pattern = re.compile(rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -231,6 +237,7 @@ def main() -> int:
         (ROOT / "README.md", "numbers", speed_lines()),
         (ROOT / "docs/diorama.md", "quality", quality_lines()),
         (ROOT / "docs/methods.md", "methods", method_lines()),
+        (ROOT / "docs/findings.md", "findings", findings_lines()),
         (ROOT / "docs/evaluation.md", "sensitivity", evaluation_pages.sensitivity_lines()),
         (ROOT / "docs/evaluation.md", "speed", evaluation_pages.speed_lines()),
         (ROOT / "docs/speed.md", "roofline", roofline_lines()),
