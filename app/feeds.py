@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from pydantic import ValidationError
 from starlette.responses import StreamingResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from streamvid.app import pictures
 from streamvid.app.live import ENDED, LiveStream
+from streamvid.app.schemas import PositionBody
 
 SILENCE_SECONDS = 10  # then a sign of life is sent, so that proxies keep the connection
 HEADER, PIECE, PICTURE = 0, 1, 2
@@ -137,11 +139,10 @@ async def socket(websocket: WebSocket, stream: LiveStream, player: str, first_ev
         await asyncio.Event().wait()  # the page stays connected to what has ended, until it goes
 
     async def receive() -> None:
-        while True:
-            message = await websocket.receive_text()
-            with suppress(ValueError, KeyError, TypeError):
-                report = json.loads(message)
-                stream.report(float(report["position"]), float(report.get("rate", 1)))
+        while (message := await websocket.receive())["type"] != "websocket.disconnect":
+            with suppress(ValidationError):  # whatever else is sent is passed by
+                body = PositionBody.model_validate_json(message.get("text") or "")
+                stream.report(body.position, body.rate)
 
     with watching(stream):
         tasks = [asyncio.create_task(send_all()), asyncio.create_task(receive())]

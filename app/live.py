@@ -39,6 +39,10 @@ class StreamEnded(UserError):
     """Steering a stream that is over."""
 
 
+class GivenUp(Exception):
+    """The stream was closed while a block was in the making."""
+
+
 @dataclass
 class LivePrompt:
     """A prompt on its way: the engine's receipt, and where it landed in this stream's own time."""
@@ -221,7 +225,7 @@ class LiveStream:
         return future.result(COMMAND_SECONDS)
 
     def close(self, reason: str = "closed") -> None:
-        """End it; returns at once, the worker frees everything after the chunk in the making."""
+        """End it; returns at once, the worker frees everything after the denoising step in the making."""
         with self._change:
             if self._stopping or self.status == ENDED:
                 return
@@ -312,6 +316,7 @@ class LiveStream:
         reason, message = "", ""
         try:
             stream = self.opening.open()
+            stream.sampler.on_step_end = self._go_on
             with self._change:
                 self._stream, self.in_memory = stream, True
                 self._change.notify_all()
@@ -324,6 +329,8 @@ class LiveStream:
                 self._make()
         except StopIteration:
             reason = "finished"
+        except GivenUp:
+            pass
         except UserError as error:
             reason, message = "error", str(error)
         except Exception:
@@ -348,9 +355,16 @@ class LiveStream:
             except BaseException as error:
                 future.set_exception(error)
 
+    def _go_on(self, timestep: Any, latents: Any) -> Any:
+        """After every denoising step: nobody waits for the rest of a block that nobody will see."""
+        if self._stopping:
+            raise GivenUp
+        return latents
+
     def _make(self) -> None:
         began = time.monotonic()
         with self._turns.turn(began + self.clock.ahead(began)):
+            self._go_on(None, None)  # it may have been closed while it waited
             chunk = next(self._stream)
         made = time.monotonic()
         piece = self.recording.add(chunk.frames)

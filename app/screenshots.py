@@ -31,39 +31,40 @@ def main() -> None:
         photograph(browser, url, options.folder)
 
 
-def photograph(browser: Any, url: str, folder: Path) -> None:
-    """Desktop in both themes, fork, comparison, phone."""
+def photograph(browser: Any, url: str, folder: Path, seconds: float = 4) -> None:
+    """Desktop in both themes, fork, comparison, phone; every scene is on the screen for so many seconds before."""
     page = open_page(browser, url, "?theme=dark")
-    start(page, DAY)
+    start(page, DAY, seconds)
     for prompt in SHOTS:
-        apply_prompt(page, prompt, 4)
+        apply_prompt(page, prompt, seconds)
     page.screenshot(path=folder / "studio_dark.png")
     page.click('[data-action="theme"]')
     page.screenshot(path=folder / "studio_light.png")
     page.click('[data-action="theme"]')
     page.click('[data-action="fork"]')
     page.wait_for_function(BOTH_PLAY)
-    apply_prompt(page, SNOW, 3)
+    apply_prompt(page, SNOW, seconds)
     page.wait_for_selector(".sv-toast", state="detached")
     page.screenshot(path=folder / "studio_fork.png")
     page.evaluate("prompt => studio.setPrompt(prompt)", DAY)
     page.click("[data-action=stop]")
     page.wait_for_function("studio.views.every((view) => view.ended)")
     page.click('[data-action="compare"]')
-    page.wait_for_function(f"{BOTH_PLAY} && studio.active.position > 2")
-    apply_prompt(page, SHOTS[0], 3)
+    page.wait_for_function(f"{BOTH_PLAY} && studio.active.position > {seconds / 2}")
+    apply_prompt(page, SHOTS[0], seconds)
     page.screenshot(path=folder / "studio_compare.png")
     page.context.close()
     page = open_page(browser, url, "?theme=dark", 390, 844)
-    start(page, HEART)
+    start(page, HEART, seconds)
     page.screenshot(path=folder / "studio_phone.png")
+    page.context.close()
 
 
-def start(page: Any, prompt: str) -> None:
-    """Begin with a prompt and let it play for a few seconds."""
+def start(page: Any, prompt: str, seconds: float) -> None:
+    """Begin with a prompt and let it play."""
     page.evaluate("prompt => studio.setPrompt(prompt)", prompt)
     page.click("#sv-start")
-    page.wait_for_function("studio.active?.player.began && studio.active.position > 4")
+    page.wait_for_function("studio.active?.player.began && studio.active.position > " + str(seconds))
     page.evaluate("document.activeElement.blur()")
 
 

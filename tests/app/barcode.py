@@ -18,7 +18,7 @@ from streamvid.app.limits import Limits
 from streamvid.control import DROPPED, REPLACED, Receipt
 from streamvid.errors import UserError
 
-SIZE, FPS, FRAMES = 128, 16, 12
+SIZE, FPS, FRAMES, STEPS = 128, 16, 12, 4
 COLOURS = {"red": (200, 30, 30), "green": (30, 170, 40), "blue": (40, 60, 210), "grey": (128, 128, 128)}
 BITS_READER = """
 () => {
@@ -60,6 +60,9 @@ class FakeStream:
     ballast: bytes = field(default=b"", repr=False)
     blocks: int | None = None
     alive: weakref.WeakSet = field(default_factory=weakref.WeakSet, repr=False)
+    sampler: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(on_step_end=lambda timestep, latents: latents)
+    )
     timeline = None
 
     def prompt(self, text, policy=None):
@@ -72,7 +75,9 @@ class FakeStream:
     def __next__(self):
         if self.closed or (self.blocks is not None and self.block >= self.blocks):
             raise StopIteration
-        time.sleep(self.work)
+        for _ in range(STEPS):
+            time.sleep(self.work / STEPS)
+            self.sampler.on_step_end(None, None)
         events = ()
         pending, self.pending = self.pending, None
         if pending is not None:
@@ -98,7 +103,7 @@ class FakeStream:
 
     def fork(self):
         twin = copy(self)
-        twin.pending = None
+        twin.pending, twin.sampler = None, copy(self.sampler)
         twin.alive.add(twin)
         return twin
 

@@ -1,6 +1,7 @@
 """The HTTP API: what each route does, what it refuses, and that nothing a client sends breaks the server."""
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import httpx
 import pytest
 from barcode import FPS, FRAMES, FakeEngine
 from server import serving, slowness, wait_for
+from streamvid.app.engine import StreamRequest
 from streamvid.app.limits import Limits
+from websockets.sync.client import connect
 
 from streamvid.io import read_video
 
@@ -271,15 +274,30 @@ def test_fuzzed_requests_give_no_server_error(server):
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").exclude(
         path_regex="(video.mp4|events)$"  # they do not end
     )
-    statuses: set[int] = set()
+    statuses: dict[str, set[int]] = {}
     for operation in schema.get_all_operations():
-        run_operation(operation.ok(), server, statuses)
-    assert {200, 404, 422} <= statuses
+        run_operation(operation.ok(), server, statuses.setdefault(operation.ok().label, set()))
+    assert {200, 404, 422} <= set.union(*statuses.values())
+    steering = {label: seen for label, seen in statuses.items() if "{name}" in label}
+    unmet = [label for label, seen in steering.items() if not seen & {200, 201, 204}]
+    assert len(steering) >= 15 and not unmet  # each of them met a stream that lives
+    for name in list(server.studio._streams):
+        server.studio.remove(name)
+
+
+def living(studio):
+    """The name of a stream that runs and has shown something."""
+    alive = [stream for stream, _ in studio._streams.values() if stream.status == "running"]
+    stream = alive[-1] if alive else studio.create(StreamRequest(prompt="red", linger=3000))
+    wait_for(lambda: stream.chunks >= 1)
+    return stream.name
 
 
 def run_operation(operation, server, statuses):
-    """A dozen generated requests of one operation."""
+    """A dozen generated requests of one operation, two of three to a stream that lives."""
     from hypothesis import HealthCheck, Phase, given, settings
+
+    numbers = itertools.count()
 
     @given(case=operation.as_strategy())
     @settings(
@@ -291,12 +309,33 @@ def run_operation(operation, server, statuses):
         suppress_health_check=list(HealthCheck),
     )
     def check(case):
+        number = next(numbers)
+        if "name" in (case.path_parameters or {}) and number % 3:
+            case.path_parameters["name"] = living(server.studio)
+            if "shot" in case.path_parameters and number % 2:
+                case.path_parameters["shot"] = 0
         response = case.call(base_url=server.url, timeout=30)
         statuses.add(response.status_code)
         allowed = response.status_code < 500 or response.status_code == 503
         assert allowed, f"{case.as_curl_command()}\n{response.status_code} {response.text}"
 
     check()
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["", "nonsense", "3", "[]", '{"position": NaN}', '{"position": 1e999}', '{"rate": 1}', b"\x00\xff"],
+)
+def test_a_socket_passes_by_what_is_no_position(client, server, message):
+    name = create(client)
+    stream = wait_for(lambda: (s := server.studio.get(name)).chunks >= 1 and s)
+    with connect(f"ws{server.url[4:]}/api/streams/{name}/socket?player=none") as socket:
+        socket.send(message)
+        socket.send('{"position": 0.5, "rate": 0.25}')
+        wait_for(lambda: stream.clock._rate == 0.25)
+        assert client.get(f"/api/streams/{name}").json()["position"] < 1
+        while json.loads(socket.recv(10))["event"] != "chunk":
+            pass
 
 
 def test_the_client_of_the_guide_works_as_it_stands(tmp_path, monkeypatch, capsys):

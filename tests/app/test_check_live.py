@@ -1,14 +1,24 @@
 """The check of the studio's bounds: right numbers from the bar-coded engine, and failures where something is wrong."""
 
 import json
+import re
+import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
+import numpy as np
 import pytest
 from barcode import FakeEngine
+from PIL import Image
 from server import serving, slowness
+from streamvid.app import check_live
 from streamvid.app.check_live import Bound, as_dict, check, check_memory, export, first_frame, hold, watch
 from streamvid.app.chromium import open_page
 from streamvid.app.limits import Limits
+from streamvid.app.screenshots import photograph
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_a_visit_is_within_all_bounds(fake_server, chromium):
@@ -22,6 +32,43 @@ def test_a_visit_is_within_all_bounds(fake_server, chromium):
     stored = json.loads(json.dumps(as_dict(bounds, notes)))
     assert stored["passed"] == all(bound["passed"] for bound in stored["bounds"])
     assert notes["prompt_to_pixel_s"] > 0 and notes["hud_p95"].endswith("s")
+
+
+@pytest.mark.parametrize("longest", [100, 600])
+def test_the_command_writes_what_it_measured_and_fails_with_a_bound(monkeypatch, tmp_path, capsys, longest):
+    """`python -m streamvid.app.check_live --json live.json`, around the visit that is tested above."""
+    gap = Bound("longest_gap_ms", "longest gap", longest, 0, 500, "ms")
+    memory = Bound("resident_growth_mb", "memory", 1, 0, 30, "MB more")
+    asked = []
+    monkeypatch.setattr(
+        check_live, "app_server", lambda *options: asked.append(options) or nullcontext("http://x")
+    )
+    monkeypatch.setattr(check_live, "chromium", lambda: nullcontext("browser"))
+    monkeypatch.setattr(
+        check_live, "check", lambda *visit: asked.append(visit) or ([gap], {"hud_fps": "15.9"})
+    )
+    monkeypatch.setattr(check_live, "check_memory", lambda url: memory)
+    path = tmp_path / "live.json"
+    monkeypatch.setattr(sys, "argv", ["check_live", "--json", str(path), "--seconds", "7"])
+    with pytest.raises(SystemExit) as end:
+        check_live.main()
+    assert end.value.code == (longest > 500) and asked == [("--model", "diorama"), ("browser", "http://x", 7)]
+    stored = json.loads(path.read_text())
+    assert stored["command"] == "python -m streamvid.app.check_live --model diorama --seconds 7"
+    assert [bound["value"] for bound in stored["bounds"]] == [longest, 1] and stored["hud_fps"] == "15.9"
+    said = capsys.readouterr().out
+    assert ("FAIL  longest gap" in said) == (longest > 500) and "PASS  memory" in said
+
+
+def test_the_pictures_of_the_guide_are_made(fake_server, chromium, tmp_path):
+    """`python -m streamvid.app.screenshots`: every picture that docs/studio.md shows, and no other."""
+    photograph(chromium, fake_server.url, tmp_path, seconds=0.5)
+    shown = set(re.findall(r"pictures/(studio_\w+\.png)", (DOCS / "studio.md").read_text()))
+    made = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
+    assert shown <= set(made) and len(made) == 5
+    assert made.pop("studio_phone.png") == (390, 844) and set(made.values()) == {(1440, 900)}
+    light, dark = (np.asarray(Image.open(tmp_path / f"studio_{name}.png")) for name in ("light", "dark"))
+    assert light[-20:].mean() > 200 and dark[-20:].mean() < 60  # the page below everything
 
 
 def test_a_stall_fails(chromium):

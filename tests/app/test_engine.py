@@ -141,6 +141,27 @@ def test_fork_and_saved_file_go_on_with_the_very_next_frames(engine, tmp_path):
         studio.close()
 
 
+def test_a_closed_stream_gives_up_its_block_between_two_steps(engine):
+    """Sixteen steps of 0.2 s: closed after the first ones, its caches are free long before the block would be finished."""
+    studio = Studio(engine, SMALL)
+    forwards = []
+
+    def slow(module, arguments):
+        forwards.append(time.sleep(0.2))
+
+    hook = engine.pipe.transformer.register_forward_pre_hook(slow)
+    try:
+        stream = studio.create(StreamRequest(prompt=FOX, height=32, width=32, steps=16))
+        wait_for(lambda: len(forwards) >= 2, 30)
+        stream.close()
+        wait_for(lambda: stream.status == ENDED, 30)
+        assert (stream.reason, stream.chunks) == ("closed", 0) and len(forwards) < 12
+        wait_for(lambda: studio.counts()["in_memory"] == 0)
+    finally:
+        hook.remove()
+        studio.close()
+
+
 def test_a_resumed_stream_says_what_it_is_made_with(engine, tmp_path):
     options = {"sink": 2, "window": 9}
     stream = engine.pipe.stream([FOX], method=load_method("longlive", options), height=32, width=32, seed=3)

@@ -244,6 +244,20 @@ def test_a_stream_that_nobody_watches_ends_after_its_linger(make):
     wait_for(lambda: watched.status == ENDED, 3)
 
 
+def test_a_closed_stream_does_not_finish_its_block(make):
+    """A block takes 3 s, in four steps; neither it nor one that waits for its turn is finished for nobody."""
+    studio = make(speed=0.25)
+    first = studio.create(ask(seed=1))
+    wait_for(lambda: studio._turns._taken)
+    second = studio.create(ask(seed=2))
+    wait_for(lambda: studio._turns._waiting)
+    for stream in (first, second):
+        stream.close()
+    wait_for(lambda: studio.counts()["in_memory"] == 0, what="giving up")
+    assert [(s.status, s.reason, s.chunks) for s in (first, second)] == [(ENDED, "closed", 0)] * 2
+    wait_for(lambda: not studio.engine.alive, what="freeing the caches")
+
+
 def test_limits_of_time(make):
     studio = make(idle_seconds=1.0, sessions=4)
     idle, busy = studio.create(ask()), studio.create(ask())
