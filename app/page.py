@@ -233,7 +233,7 @@ def _prompt_row(info: dict[str, Any]) -> tuple[gr.Textbox, gr.Dropdown, gr.Butto
             elem_id="sv-prompt",
         )
         policy = gr.Dropdown(
-            ["method's", *info["transitions"]],
+            [("switch: method's", "method's"), *info["transitions"]],
             value="method's",
             label="Switch",
             show_label=False,

@@ -23,6 +23,7 @@ WEIGHTS = ROOT / "benchmarks/results/weights.json"
 ADHERENCE = ROOT / "docs/diorama_adherence.json"
 METHODS = ROOT / "docs/method_table.json"
 FINDINGS = ROOT / "docs/findings.json"
+STUDIO = ROOT / "docs/studio_live.json"
 
 
 def table_lines(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -226,6 +227,34 @@ def findings_lines() -> str:
     return "\n".join(findings.page_lines(json.loads(FINDINGS.read_text()))).rstrip()
 
 
+def studio_lines() -> str:
+    """The page in Chromium against its bounds, as measured by `streamvid.app.check_live`."""
+    result = json.loads(STUDIO.read_text())
+    rows = [
+        (
+            bound["words"],
+            f"{bound['value']:.3g} {bound['unit']}".strip(),
+            f"at most {bound['most']:.3g}"
+            if bound["least"] <= 0
+            else f"{bound['least']:.3g} to {bound['most']:.3g}",
+        )
+        for bound in result["bounds"]
+    ]
+    return "\n".join(
+        [
+            f"Server and browser on the same {result['machine']['cores']} cores, no GPU (`{result['command']}`; load "
+            f"average before: {result['load_average_before']}): "
+            f"{'all within bounds' if result['passed'] else 'NOT within bounds'}.",
+            "",
+            *table_lines(["", "measured", "bound"], rows),
+            "",
+            f"The HUD then said {result['hud_fps']} fps shown, {result['hud_speed']} x real time, chunk p50 "
+            f"{result['hud_p50']} and p95 {result['hud_p95']}, {result['hud_kv']} of keys and values; from the Enter key to "
+            f"the first new pixel it took {result['prompt_to_pixel_s']:.2f} s.",
+        ]
+    )
+
+
 def fill(path: Path, name: str, content: str) -> str:
     """The file's text with the block called `name` replaced."""
     pattern = re.compile(rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -243,6 +272,7 @@ def main() -> int:
         (ROOT / "docs/speed.md", "roofline", roofline_lines()),
         (ROOT / "docs/speed.md", "plans", plan_lines()),
         (ROOT / "docs/speed.md", "weights", weight_lines()),
+        (ROOT / "docs/studio.md", "live", studio_lines()),
     ]
     stale = [path for path, name, content in targets if fill(path, name, content) != path.read_text()]
     if "--check" in sys.argv:

@@ -68,6 +68,12 @@ def test_the_bars_are_the_stages_of_a_chunk(page):
     assert shares == pytest.approx([seconds / 0.75 for seconds in stages.values()], abs=0.02)
 
 
+def test_a_context_pass_that_rides_along_is_said_to_be_in_the_transformers_time(page):
+    tell(page, timings={"denoise": 0.2, "context": 0.0001, "decode": 0.1, "total": 0.3})
+    legend = [" ".join(text.split()) for text in page.locator("#hud-legend span").all_inner_texts()]
+    assert legend == ["transformer, context pass 200 ms", "decode 100 ms"]
+
+
 def test_the_window_shows_sink_past_own_frames_and_what_was_forgotten(page):
     tell(page, attended=[0, 1, 2, 9, 10, 11, 12, 13, 14], timings={"total": 0.1})
     kinds = page.evaluate(

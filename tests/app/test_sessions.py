@@ -259,12 +259,12 @@ def test_a_closed_stream_does_not_finish_its_block(make):
 
 
 def test_limits_of_time(make):
-    studio = make(idle_seconds=1.0, sessions=4)
+    studio = make(idle_seconds=4.0, sessions=4)
     idle, busy = studio.create(ask()), studio.create(ask())
-    for _ in range(8):
+    while idle.status != ENDED:
         time.sleep(0.2)
         busy.prompt("green")
-    assert (idle.status, idle.reason) == (ENDED, "idle") and busy.status == RUNNING
+    assert idle.reason == "idle" and busy.status == RUNNING
     short = make(stream_seconds=1.0).create(ask())
     wait_for(lambda: short.status == ENDED)
     assert short.reason == "too long" and 1.0 <= short.clock.made <= 1.0 + FRAMES / FPS

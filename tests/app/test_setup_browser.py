@@ -51,6 +51,15 @@ def test_presets_fill_the_form(page):
     page.wait_for_function("studio.settings.window === 12 && studio.settings.steps === 6")
 
 
+def test_presets_can_be_chosen_by_keyboard(page):
+    page.click("[data-tab=setup]")
+    page.focus("#sv-preset input >> nth=0")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("studio.settings.window === 6 && studio.settings.steps === 2")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("studio.settings.window === 12 && studio.settings.steps === 0")
+
+
 def test_the_method_to_compare_with_is_chosen(page):
     page.click("[data-tab=setup]")
     choose(page, "sv-set-other", "longlive")
