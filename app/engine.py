@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from streamvid.app.examples import EXAMPLES
 from streamvid.app.limits import Limits
@@ -191,6 +193,13 @@ class PipelineEngine:
             )
         return text
 
+    @property
+    def at_once(self) -> int:
+        """Chunks of different streams that are made at the same time: on a CPU as many as its cores have threads for."""
+        if self.pipe.device.type != "cpu":
+            return 1
+        return max(1, (os.cpu_count() or 1) // torch.get_num_threads())
+
     def warm_up(self) -> None:
         """Make a chunk, so that the first person does not wait for what a process pays only once."""
         next(self.pipe.stream([EXAMPLES[0]["prompt"]]))
@@ -241,6 +250,15 @@ class PipelineEngine:
             raise UserError(
                 f"denoising_steps = {list(levels)[:5]} must be at most {MOST_STEPS} levels above 0 and up to 1000"
             )
+
+
+def leave_a_core() -> None:
+    """One core for the encoder, the server and the browser, where the model computes on the others.
+
+    The threads of a computation wait for the slowest of them: were there one for every core, all would stand still as often
+    as anything else runs.
+    """
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
 
 
 def even_steps(count: int) -> list[float]:

@@ -57,7 +57,8 @@ class Studio:
     """The registry of streams.
 
     Args:
-        engine: makes streams (`PipelineEngine`, or anything with its `prepare`, `load`, `check_prompt`, `describe`).
+        engine: makes streams (`PipelineEngine`, or anything with its `prepare`, `load`, `check_prompt`, `describe` and
+            `at_once`).
         limits: of the server.
         workspace: folder for recordings, emptied of what this studio wrote at `close`; None makes a temporary one.
     """
@@ -65,7 +66,7 @@ class Studio:
     def __init__(self, engine: Any, limits: Limits, workspace: Path | None = None):
         self.engine, self.limits, self.metrics = engine, limits, Metrics()
         self.workspace = workspace or Path(tempfile.mkdtemp(prefix="streamvid-"))
-        self._turns = Turns()
+        self._turns = Turns(engine.at_once)
         self._lock = threading.RLock()
         self._streams: dict[str, tuple[LiveStream, Session]] = {}
         self._queue: deque[Session] = deque()

@@ -1,4 +1,4 @@
-"""Whose chunk is made next: one at a time, the stream that runs dry first goes first."""
+"""Whose chunk is made next: few at a time, the stream that runs dry first goes first."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """A lock that is given to the most urgent waiter (earliest deadline first), not to the fastest thread."""
+    """A lock with `at_once` places, given to the most urgent waiter (earliest deadline first), not to the fastest thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1) -> None:
         self._lock = threading.Lock()
         self._waiting: list[tuple[float, int, threading.Event]] = []
         self._numbers = itertools.count()
-        self._taken = False
+        self._free = at_once
 
     @contextmanager
     def turn(self, deadline: float) -> Iterator[None]:
         """Wait for the turn; `deadline` is when this stream has nothing left to show, on a clock that all share."""
         with self._lock:
-            waits = self._taken
+            waits = self._free == 0
             if waits:
                 mine = threading.Event()
                 heapq.heappush(self._waiting, (deadline, next(self._numbers), mine))
-            self._taken = True
+            else:
+                self._free -= 1
         if waits:
             mine.wait()
         try:
@@ -36,4 +37,4 @@ class Turns:
                 if self._waiting:
                     heapq.heappop(self._waiting)[2].set()
                 else:
-                    self._taken = False
+                    self._free += 1

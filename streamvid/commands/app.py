@@ -39,16 +39,17 @@ def run(options) -> None:
         from streamvid.app.server import check_auth, serve
     except ImportError as error:
         raise UserError(f"the studio needs {error.name}: run `pip install 'streamvid[app]'`") from error
-    from streamvid.app.engine import PipelineEngine
+    from streamvid.app.engine import PipelineEngine, leave_a_core
     from streamvid.app.limits import Limits
     from streamvid.models import load_pipeline
 
     check_auth(options.auth)
     given = {field.name: getattr(options, field.name, None) for field in fields(Limits)}
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
-    engine = PipelineEngine(
-        load_pipeline(options.model, options.device, options.dtype), options.model, limits
-    )
+    pipe = load_pipeline(options.model, options.device, options.dtype)
+    if pipe.device.type == "cpu":
+        leave_a_core()
+    engine = PipelineEngine(pipe, options.model, limits)
     engine.warm_up()
     serve(
         engine,

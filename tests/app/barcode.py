@@ -128,9 +128,11 @@ class FakeEngine:
     Args:
         speed: times real time that it makes chunks at.
         ballast: bytes that each of its streams holds.
+        at_once: chunks that it makes at the same time.
     """
 
-    def __init__(self, speed: float = 4.0, limits: Limits | None = None, ballast: int = 0):
+    def __init__(self, speed: float = 4.0, limits: Limits | None = None, ballast: int = 0, at_once: int = 1):
+        self.at_once = at_once
         self.work, self.limits, self.ballast = FRAMES / FPS / speed, limits or Limits(), ballast
         self.alive: weakref.WeakSet = weakref.WeakSet()
 

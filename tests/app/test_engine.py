@@ -1,12 +1,16 @@
 """From a request to a stream of the pipeline: what is refused, what has an effect, what repeats it."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from server import wait_for
-from streamvid.app.engine import PipelineEngine, StreamRequest, even_steps
+from streamvid.app.engine import PipelineEngine, StreamRequest, even_steps, leave_a_core
 from streamvid.app.limits import Limits
 from streamvid.app.live import ENDED
 from streamvid.app.scripts import guess_kind, read_script
@@ -171,6 +175,55 @@ def test_a_resumed_stream_says_what_it_is_made_with(engine, tmp_path):
     assert opening.resumed and not opening.scripted
     scripted = engine.pipe.stream(f"{FOX} [3s] | {CAT} [3s]", height=32, width=32)
     assert engine.load(scripted.save(tmp_path / "scripted")).scripted
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "left", "at_once"), [(1, 1, 1, 1), (2, 2, 1, 2), (4, 4, 3, 1), (16, 4, 4, 4)]
+)
+def test_a_core_is_left_and_the_others_are_used(engine, monkeypatch, cores, threads, left, at_once):
+    pool = [threads]
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: pool[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: pool.__setitem__(0, count))
+    leave_a_core()
+    assert pool == [left] and engine.at_once == at_once
+
+
+def test_a_gpu_makes_one_chunk_at_a_time():
+    class OnGpu(PipelineEngine):
+        def __init__(self):
+            self.pipe = SimpleNamespace(device=torch.device("cuda"))
+
+    assert OnGpu().at_once == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_made_at_the_same_time_are_those_made_alone(dtype):
+    """Block by block in step, each in a thread of its own, with switches between: equal in every bit."""
+    pipe = tiny.new_pipeline().to(dtype)
+    methods = ("longlive", "self_forcing", "rolling_forcing", "deep_forcing")
+
+    def run(number, together=None):
+        torch.set_num_threads(1)
+        stream = pipe.stream([FOX], seed=number, method=methods[number], height=32, width=32, blocks=5)
+        chunks = []
+        for chunk in stream:
+            chunks.append(chunk.frames)
+            stream.prompt((CAT, BIRD, FOX)[len(chunks) % 3])
+            if together is not None:
+                together.wait(60)
+        return chunks
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(len(methods)) as pool:
+            step = threading.Barrier(len(methods))
+            at_once = list(pool.map(lambda number: run(number, step), range(len(methods))))
+        for number, chunks in enumerate(at_once):
+            alone = run(number)
+            assert len(chunks) == 5 and all(map(np.array_equal, chunks, alone))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_steps_are_spaced_evenly():

@@ -1,5 +1,6 @@
 """The commands of docs/studio.md and docs/http.md start a server that is what they say."""
 
+import os
 import re
 import shlex
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
+import torch
 import uvicorn
 from gradio import networking
 from server import wait_for
@@ -46,6 +48,7 @@ def visited(monkeypatch):
             thread.join()
 
     monkeypatch.setattr(uvicorn.Server, "run", run_and_visit)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: answers.update(threads=count))
     monkeypatch.setattr("streamvid.models.load_pipeline", lambda *options: tiny.pipeline())
     monkeypatch.setattr(networking, "setup_tunnel", lambda *options: "https://abc.gradio.live")
     return answers
@@ -67,6 +70,7 @@ def test_a_server_starts_as_the_guide_says(line, visited, capsys):
     assert "streamvid studio: http://" in said and ("abc.gradio.live" in said) == ("--share" in words)
     assert visited["/healthz"].json()["status"] == "ok"
     assert visited["/api/info"].status_code == (401 if "--auth" in words else 200)
+    assert 1 <= visited["threads"] <= max(1, os.cpu_count() - 1)
     assert visited["known"].json()["model"] == "diorama"
     assert visited["address"] == ("0.0.0.0" if "--host" in words else "127.0.0.1")
     if "--ahead-seconds" in words:

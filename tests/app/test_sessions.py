@@ -20,9 +20,9 @@ from streamvid.io import read_video
 def make():
     studios = []
 
-    def make(speed=50.0, ballast=0, **limits):
+    def make(speed=50.0, ballast=0, at_once=1, **limits):
         bounds = Limits(**{"sessions": 2, "ahead_seconds": 1.0, **limits})
-        studios.append(Studio(FakeEngine(speed, bounds, ballast), bounds))
+        studios.append(Studio(FakeEngine(speed, bounds, ballast, at_once), bounds))
         return studios[-1]
 
     yield make
@@ -244,11 +244,24 @@ def test_a_stream_that_nobody_watches_ends_after_its_linger(make):
     wait_for(lambda: watched.status == ENDED, 3)
 
 
+def test_as_many_chunks_are_made_at_once_as_the_engine_says(make):
+    """Blocks of 3 s: with one place the second stream waits, with two it does not."""
+    for at_once in (1, 2):
+        studio = make(speed=0.25, at_once=at_once)
+        for seed in range(2):
+            studio.create(ask(seed))
+        if at_once == 1:
+            wait_for(lambda studio=studio: studio._turns._waiting)
+        else:
+            wait_for(lambda studio=studio: studio._turns._free == 0)
+            assert not studio._turns._waiting
+
+
 def test_a_closed_stream_does_not_finish_its_block(make):
     """A block takes 3 s, in four steps; neither it nor one that waits for its turn is finished for nobody."""
     studio = make(speed=0.25)
     first = studio.create(ask(seed=1))
-    wait_for(lambda: studio._turns._taken)
+    wait_for(lambda: studio._turns._free == 0)
     second = studio.create(ask(seed=2))
     wait_for(lambda: studio._turns._waiting)
     for stream in (first, second):

@@ -1,4 +1,4 @@
-"""Turns: one at a time, the most urgent first."""
+"""Turns: few at a time, the most urgent first."""
 
 import threading
 
@@ -24,6 +24,29 @@ def test_the_most_urgent_waiter_is_next_and_never_two_at_once():
     for thread in threads:
         thread.join(5)
     assert order == [2.0, 3.0, 5.0, 9.0]
+
+
+def test_places_are_filled_and_given_on():
+    turns, inside, together = Turns(2), set(), []
+    go_on = threading.Event()
+
+    def work(number):
+        with turns.turn(number):
+            inside.add(number)
+            together.append(set(inside))
+            go_on.wait(30)
+            inside.discard(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(inside) == 2 and len(turns._waiting) == 2)
+    go_on.set()
+    for thread in threads:
+        thread.join(5)
+    assert max(map(len, together)) == 2 and len(together) == 4
+    with turns.turn(0.0), turns.turn(0.0):  # all places are free again
+        pass
 
 
 def test_an_error_in_a_turn_passes_it_on():
