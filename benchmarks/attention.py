@@ -2,8 +2,10 @@
 
     python -m benchmarks.attention --device cuda --dtype bfloat16 --output benchmarks/results/attention.json
     python -m benchmarks.attention --device cuda --dtype bfloat16 --tune        # other tiles, the fastest last
+    python -m benchmarks.attention --tiled --output benchmarks/results/attention_tiled.json     # on a CPU: where tiles pay
 
-On a CPU it runs the kernel's PyTorch twin on a small window.
+On a CPU it runs the kernel's PyTorch twin on a small window; with `--tiled` it compares attention by tiles in bfloat16 with
+PyTorch's own, on one thread in CPU time, in turns.
 """
 
 from __future__ import annotations
@@ -13,20 +15,34 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from streamvid.kernels.attention import BACKENDS, unavailable
+from streamvid.kernels.attention import BACKENDS, chosen, unavailable
 from streamvid.kernels.windowed import Part, windowed_attention
 
 from streamvid.bench import write_record
 from streamvid.io.manifest import environment
 from streamvid.kv_storage import codecs
-from streamvid.machine import machine, settle
+from streamvid.machine import in_turns, machine, settle
 from streamvid.rope import rotation
 
 # block of 3 frames, window of 12, 1560 tokens a frame, 12 heads of 128; on a CPU something small
 SIZES = {"cuda": (3, 12, 1560, 12, 128), "cpu": (3, 12, 16, 4, 64)}
+
+# queries and keys: of windows, of a prompt (512 keys); each with heads of 64 and 128 channels
+TILED_SIZES = (
+    (192, 768),
+    (128, 8192),
+    (256, 4096),
+    (512, 512),
+    (512, 2048),
+    (1024, 1024),
+    (4680, 512),
+    (1170, 4680),
+    (4680, 18720),
+)
 
 
 def milliseconds(run: Callable[[], object], device: str, repeats: int) -> float:
@@ -100,20 +116,40 @@ def tune(dtype: torch.dtype, repeats: int) -> None:
         print(f"{spent:8.3f} ms  {tile}")
 
 
+def tiled_against_sdpa(rounds: int) -> dict:
+    """GFLOP/s of both at every size, of a large product beside them, and what `auto` takes."""
+    torch.set_num_threads(1)
+    square = torch.randn(2048, 2048).bfloat16()
+    rows = []
+    for dim, (queries, keys) in itertools.product((64, 128), TILED_SIZES):
+        q, k, v = (torch.randn(1, size, 2, dim).bfloat16() for size in (queries, keys, keys))
+        routes = {name: partial(BACKENDS[name].attend, q, k, v) for name in ("tiled", "sdpa")}
+        seconds = in_turns({**routes, "product": lambda: square @ square}, rounds)
+        product = 2 * 2048**3 / seconds.pop("product") / 1e9
+        gflops = {name: round(4 * q.numel() * keys / spent / 1e9, 1) for name, spent in seconds.items()}
+        sizes = {"queries": queries, "keys": keys, "dim": dim}
+        rows.append({**sizes, "gflops": gflops, "product_gflops": round(product, 1), "auto": chosen(q, k, v)})
+    return {"dtype": "bfloat16", "sizes": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=list(SIZES))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tiled", action="store_true")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
     if given.tune:
         return tune(dtype, given.repeats)
-    measured = measure(given.device, dtype, given.repeats)
+    if given.tiled:
+        measured = tiled_against_sdpa(given.repeats)
+    else:
+        measured = {"dtype": given.dtype, **measure(given.device, dtype, given.repeats)}
     about = {**environment(given.device), "machine": machine(torch.device(given.device))}
-    write_record({"dtype": given.dtype, **measured, **about}, given.output)
+    write_record({**measured, **about}, given.output)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ those (or a mask). A backend never ignores an argument: one that cannot serve a 
 | name | runs on | masks | install |
 |---|---|---|---|
 | sdpa | everything | any | part of PyTorch |
+| tiled | CPU, bfloat16 | none | part of PyTorch (streamvid.kernels.tiled) |
 | flex | CPU (unfused), CUDA (compiled) | any | part of PyTorch |
 | triton | CUDA, ROCm; CPU in Triton's interpreter | of keys | `streamvid[kernels]` (streamvid.kernels.windowed) |
 | flash | CUDA, half precision | none | flash-attn 2, 3 (Hopper) or 4 (Blackwell) |
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 from streamvid.kernels import libraries, windowed
 from streamvid.kernels.libraries import AttentionFunction, reference, sdpa
+from streamvid.kernels.tiled import tiled, tiled_missing, tiled_pays, tiled_refuses
 
 from streamvid.errors import UserError
 
@@ -33,6 +35,10 @@ def _never(*arguments) -> None:
     return None
 
 
+def _always(*arguments) -> bool:
+    return True
+
+
 class Backend(NamedTuple):
     """An attention function and what it cannot do.
 
@@ -40,17 +46,21 @@ class Backend(NamedTuple):
         attend: the function (see `attention_backend`).
         missing: why it cannot run on this machine and what to install, or None.
         refuses: `(q, k, v, mask)` to why it cannot serve this call, or None.
-        slack: error in shares of the largest output that belongs to the method itself (quantised scores).
+        slack: error in shares of the largest output that belongs to the method itself (more roundings).
+        pays: `(q, k, v, mask)` to whether `auto` should take it for this call.
     """
 
     attend: AttentionFunction
     missing: Callable[[], str | None] = _never
     refuses: Callable[..., str | None] = _never
     slack: float = 0.0
+    pays: Callable[..., bool] = _always
 
 
 BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(sdpa),
+    # beside weights and outputs it rounds the scaled query
+    "tiled": Backend(tiled, tiled_missing, tiled_refuses, slack=2**-9, pays=tiled_pays),
     "flex": Backend(libraries.flex),
     "triton": Backend(windowed.dense, windowed.dense_missing, windowed.dense_refuses),
     "flash": Backend(libraries.flash, libraries.flash_missing, libraries.flash_refuses),
@@ -61,7 +71,7 @@ BACKENDS: dict[str, Backend] = {
 
 # what `auto` tries, in this order
 AUTO = {
-    "cpu": ("sdpa", "reference"),
+    "cpu": ("tiled", "sdpa", "reference"),
     "cuda": ("flash", "sdpa", "reference"),
     "cuda with a mask": ("sdpa", "reference"),
 }
@@ -108,14 +118,16 @@ def _forced(name: str, q_BLHD, k_BLHD, v_BLHD, mask=None) -> torch.Tensor:
 
 
 def auto(q_BLHD, k_BLHD, v_BLHD, mask=None) -> torch.Tensor:
-    """The first backend of `AUTO` that can serve the call."""
+    """The first backend of `AUTO` that can serve the call and pays."""
     return BACKENDS[chosen(q_BLHD, k_BLHD, v_BLHD, mask)].attend(q_BLHD, k_BLHD, v_BLHD, mask)
 
 
 def chosen(q_BLHD, k_BLHD, v_BLHD, mask=None) -> str:
     """Name of the backend that `auto` takes."""
     kind = "cpu" if not q_BLHD.is_cuda else "cuda" if mask is None else "cuda with a mask"
+    call = q_BLHD, k_BLHD, v_BLHD, mask
     for name in AUTO[kind]:
-        if unavailable(name) is None and BACKENDS[name].refuses(q_BLHD, k_BLHD, v_BLHD, mask) is None:
+        backend = BACKENDS[name]
+        if backend.pays(*call) and unavailable(name) is None and backend.refuses(*call) is None:
             return name
     raise UserError("attention backend = auto has none left: see `streamvid kernels check`")
