@@ -220,6 +220,7 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
         """
         if image is not None and video is not None:
             raise UserError("image and video are both given: leave one of them out")
+        self._warn_of_tiling()
         for name, value in (
             ("fps", fps),
             ("blocks", blocks),
@@ -265,6 +266,16 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
                     self._given_latents(kind, given, len(prompts), size, chosen.frames_per_block)
                 )
         return stream
+
+    def _warn_of_tiling(self) -> None:
+        """What is set on the VAE for its own `decode` does not reach a stream's decoder."""
+        for option in ("tiling", "slicing"):
+            if getattr(self.vae, f"use_{option}", False):
+                warnings.warn(
+                    f"vae.enable_{option}() has no effect on streams, which decode block by block in whole pictures: for "
+                    "less memory take a tiny decoder, a smaller size or one video at a time",
+                    stacklevel=3,
+                )
 
     def _given_latents(
         self, kind: str, given: Any, videos: int, size: tuple[int, int], frames_per_block: int

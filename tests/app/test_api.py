@@ -393,6 +393,10 @@ def test_openapi_names_every_route(client):
     ):
         assert f"/api/streams/{{name}}/{path}" in paths
     assert json.dumps(paths).count('"404"') >= 15
+    guide = (DOCS / "http.md").read_text()
+    for path in paths:  # as the guide writes it
+        short = path.replace("/api/streams/{name}/", "…/").replace("{name}", "{stream}")
+        assert f" {short}`" in guide or f"`{short}`" in guide, path
 
 
 def test_gradios_own_uploads_files_and_proxies_are_closed(fake_server, tmp_path):

@@ -126,6 +126,14 @@ def test_the_reference_order_serves_calls_of_known_length(pipe):
     assert video.shape[2] == 3 * pipe.stream(SCRIPT).blocks
 
 
+@pytest.mark.parametrize("option", ["tiling", "slicing"])
+def test_what_a_vae_does_by_itself_is_said_to_have_no_effect(option):
+    pipe = tiny.new_pipeline()
+    getattr(pipe.vae, f"enable_{option}")()
+    with pytest.warns(UserWarning, match=rf"vae.enable_{option}\(\) has no effect on streams"):
+        pipe.stream(FOX)
+
+
 def test_ratios_are_those_of_the_vae(pipe):
     assert (pipe.temporal_ratio, pipe.spatial_ratio) == (4, 8)
     parts = {**pipe.components, "vae": tiny.vae(residual=True)}
