@@ -1,16 +1,27 @@
 """What was published about methods against what the table of methods says of them on the embedded model.
 
 A claim names the method, the one that it is to beat, and the column of `streamvid.evaluation.method_table` that would show
-it. The verdict is arithmetic: the difference of the means against the half-width of its 95% interval, taken as if the two
-methods had been run on different prompts. They share them, so what is called a difference is one all the more.
+it. The verdict is arithmetic: all methods got the same prompts, so the difference is taken prompt by prompt, and one is seen
+where the 95% interval of its mean does not hold 0. Compositions of our own are held against every published preset by the
+same arithmetic, in all columns of `QUALITY` at once (`standing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 LOWER_IS_BETTER = ("drift", "repetition")
+OWN = "streamvid_"  # how the names of our compositions begin
+# What a composition must not be worse in to beat another, and how a prompt's value becomes more is better. Repetition is
+# left out: it is least where a video leaves its prompt or drifts, and rendered worlds repeat too.
+QUALITY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    **dict.fromkeys(("start", "after", "changed", "kept", "end"), np.positive),
+    "drift": np.negative,
+    "motion": lambda ratio: -np.abs(ratio - 1),
+}
 
 
 class Claim(NamedTuple):
@@ -74,18 +85,35 @@ CLAIMS = (
 )
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any], column: str) -> tuple[float, float]:
-    """How much better (negative: worse) the first method is than the other, and half of the interval of that."""
-    better = (one[column]["mean"] - other[column]["mean"]) * (-1 if column in LOWER_IS_BETTER else 1)
-    return better, (one[column]["interval"] ** 2 + other[column]["interval"] ** 2) ** 0.5
+class Difference(NamedTuple):
+    """How much better (negative: worse) one method is than another, mean over prompts, and half of its 95% interval."""
+
+    mean: float
+    half: float
+
+    @property
+    def seen(self) -> int:
+        """1 where better, -1 where worse, 0 where neither can be told."""
+        return (self.mean > self.half) - (self.mean < -self.half)
 
 
-def verdict(claim: Claim, rows: Mapping[str, Mapping[str, Any]]) -> tuple[float, float, str]:
-    """The difference, half of its interval, and what it says of the claim."""
-    better, half = difference(rows[claim.method], rows[claim.against], claim.column)
-    if abs(better) <= half:
-        return better, half, "no difference seen"
-    return better, half, "holds" if better > 0 else "does not hold"
+def difference(
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    column: str,
+    good: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Difference:
+    """The first method against the other on the same prompts; `good` turns a column's values into more is better."""
+    good = good or (np.negative if column in LOWER_IS_BETTER else np.positive)
+    first, second = (good(np.array(row["by_prompt"][column], float)) for row in (one, other))
+    by_prompt = first - second
+    return Difference(float(by_prompt.mean()), float(1.96 * by_prompt.std(ddof=1) / len(by_prompt) ** 0.5))
+
+
+def verdict(claim: Claim, rows: Mapping[str, Mapping[str, Any]]) -> tuple[Difference, str]:
+    """The difference, and what it says of the claim."""
+    found = difference(rows[claim.method], rows[claim.against], claim.column)
+    return found, ("does not hold", "no difference seen", "holds")[found.seen + 1]
 
 
 def claims_table(result: Mapping[str, Any]) -> str:
@@ -94,10 +122,10 @@ def claims_table(result: Mapping[str, Any]) -> str:
     lines = ["| claim | source | compared | column | better by | here it |", "|---|---|---|---|---|---|"]
     for claim in CLAIMS:
         if claim.method in rows and claim.against in rows:
-            better, half, says = verdict(claim, rows)
+            found, says = verdict(claim, rows)
             lines.append(
                 f"| {claim.what} | {claim.source} | `{claim.method}`, `{claim.against}` | {claim.column} | "
-                f"{better:+.3f} ± {half:.3f} | {says} |"
+                f"{found.mean:+.3f} ± {found.half:.3f} | {says} |"
             )
     return "\n".join(lines)
 
@@ -107,9 +135,55 @@ def leaders_table(result: Mapping[str, Any]) -> str:
     rows = result["methods"]
     lines = ["| column | best | cannot be told from it |", "|---|---|---|"]
     for column in ("after", "changed", "kept", "end", "drift", "repetition"):
-        best = max(rows, key=lambda row: difference(row, rows[0], column)[0])
+        sign = -1 if column in LOWER_IS_BETTER else 1
+        best = max(rows, key=lambda row: sign * row[column]["mean"])
         others = [row for row in rows if row is not best]
-        close = [f"`{row['method']}`" for row in others if -(d := difference(row, best, column))[0] <= d[1]]
+        close = [f"`{row['method']}`" for row in others if difference(row, best, column).seen >= 0]
         mean = best[column]["mean"]
         lines.append(f"| {column} | `{best['method']}` ({mean:.3f}) | {', '.join(close) or '-'} |")
     return "\n".join(lines)
+
+
+class Standing(NamedTuple):
+    """One method against another: columns of `QUALITY` in which it is better and worse, its share of the other's bytes."""
+
+    better: tuple[str, ...]
+    worse: tuple[str, ...]
+    bytes: float
+
+    @property
+    def beats(self) -> bool:
+        """Nowhere worse, and better somewhere or as good with fewer bytes of keys and values."""
+        return not self.worse and bool(self.better or self.bytes < 1)
+
+
+def standing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Standing:
+    """The first method against the other."""
+    seen = {column: difference(one, other, column, good).seen for column, good in QUALITY.items()}
+    better, worse = (tuple(column for column in seen if seen[column] == sign) for sign in (1, -1))
+    return Standing(better, worse, one["kv_bytes"] / other["kv_bytes"])
+
+
+def own_table(result: Mapping[str, Any]) -> str:
+    """Compositions of our own against every other preset of the result, as a Markdown table; nothing without any."""
+    rows = result["methods"]
+    own = [row for row in rows if row["method"].startswith(OWN)]
+    if not own:
+        return ""
+    titles = [f"`{row['method']}`" for row in own]
+    lines = [f"| against | {' | '.join(titles)} |", "|---" * (1 + len(own)) + "|"]
+    for other in rows:
+        if other not in own:
+            cells = [_told(standing(row, other)) for row in own]
+            lines.append(f"| `{other['method']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _told(found: Standing) -> str:
+    parts = [
+        f"{word} in {', '.join(columns)}"
+        for word, columns in (("better", found.better), ("worse", found.worse))
+        if columns
+    ]
+    size = f"{found.bytes:.2f} of its bytes"
+    return f"{'beats it' if found.beats else 'does not beat it'}: {'; '.join([*parts, size])}"
