@@ -15,7 +15,7 @@ from streamvid.app import feeds
 from streamvid.app.engine import StreamRequest, check_policy
 from streamvid.app.examples import EXAMPLES
 from streamvid.app.export import export_mp4
-from streamvid.app.live import LiveStream, StreamEnded
+from streamvid.app.live import Busy, LiveStream, StreamEnded
 from streamvid.app.schemas import (
     CreateStream,
     CutBody,
@@ -29,7 +29,7 @@ from streamvid.app.schemas import (
     StreamOut,
 )
 from streamvid.app.scripts import describe_script, read_script
-from streamvid.app.sessions import Busy, NotFound, Studio
+from streamvid.app.sessions import NotFound, Studio
 
 from streamvid.errors import UserError
 from streamvid.script import to_yaml

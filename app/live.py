@@ -39,6 +39,10 @@ class StreamEnded(UserError):
     """Steering a stream that is over."""
 
 
+class Busy(UserError):
+    """There is no room, or no time, for it now."""
+
+
 class GivenUp(Exception):
     """The stream was closed while a block was in the making."""
 
@@ -222,7 +226,14 @@ class LiveStream:
             self._commands.append((action, future))
             self._change.notify_all()
         self.steered = time.monotonic()
-        return future.result(COMMAND_SECONDS)
+        try:
+            return future.result(COMMAND_SECONDS)
+        except TimeoutError:
+            if not future.cancel():  # it is being done
+                return future.result()
+            raise Busy(
+                f"the chunk in the making takes longer than {COMMAND_SECONDS:g} s: pause the stream, or try again"
+            ) from None
 
     def close(self, reason: str = "closed") -> None:
         """End it; returns at once, the worker frees everything after the denoising step in the making."""
@@ -350,6 +361,8 @@ class LiveStream:
                 if self._stopping:
                     return False
                 action, future = self._commands.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(action())
             except BaseException as error:
@@ -448,7 +461,8 @@ class LiveStream:
             stream.close()
         del stream
         for _, future in commands:
-            future.set_exception(StreamEnded(f"the stream has ended ({reason}): start another one"))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(StreamEnded(f"the stream has ended ({reason}): start another one"))
         self.recording.close()
         self._tell_receipts()
         self.events.add("ended", reason=reason, message=message)

@@ -19,7 +19,7 @@ from typing import Any
 
 from streamvid.app.engine import Opening, StreamRequest
 from streamvid.app.limits import Limits
-from streamvid.app.live import ENDED, PAUSED, QUEUED, RUNNING, LiveStream, Past
+from streamvid.app.live import ENDED, PAUSED, QUEUED, RUNNING, Busy, LiveStream, Past
 from streamvid.app.metrics import Metrics
 from streamvid.app.turns import Turns
 
@@ -35,10 +35,6 @@ FINISHED_SECONDS = 600  # an ended stream can be exported for so long
 
 class NotFound(UserError):
     """No stream of that name."""
-
-
-class Busy(UserError):
-    """The server has no room."""
 
 
 @dataclass(eq=False)

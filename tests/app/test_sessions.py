@@ -9,8 +9,8 @@ from server import wait_for
 from streamvid.app.engine import StreamRequest
 from streamvid.app.export import export_mp4
 from streamvid.app.limits import Limits
-from streamvid.app.live import ENDED, PAUSED, QUEUED, RUNNING, StreamEnded
-from streamvid.app.sessions import Busy, NotFound, Studio
+from streamvid.app.live import ENDED, PAUSED, QUEUED, RUNNING, Busy, StreamEnded
+from streamvid.app.sessions import NotFound, Studio
 
 from streamvid.errors import UserError
 from streamvid.io import read_video
@@ -255,6 +255,20 @@ def test_as_many_chunks_are_made_at_once_as_the_engine_says(make):
         else:
             wait_for(lambda studio=studio: studio._turns._free == 0)
             assert not studio._turns._waiting
+
+
+def test_a_chunk_that_takes_too_long_refuses_what_has_to_wait_for_it(make, monkeypatch):
+    """In one sentence, and what was refused is not done afterwards."""
+    monkeypatch.setattr("streamvid.app.live.COMMAND_SECONDS", 0.3)
+    studio = make(speed=0.25)
+    stream = studio.create(ask())
+    wait_for(lambda: studio._turns._free == 0)
+    done = []
+    with pytest.raises(Busy, match=r"longer than 0\.3 s"):
+        stream.between_chunks(lambda: done.append("too late"))
+    monkeypatch.setattr("streamvid.app.live.COMMAND_SECONDS", 60)
+    stream.between_chunks(lambda: done.append("in time"))
+    assert done == ["in time"] and stream.chunks >= 1
 
 
 def test_a_closed_stream_does_not_finish_its_block(make):

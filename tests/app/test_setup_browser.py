@@ -79,6 +79,18 @@ def test_the_policy_beside_the_prompt_reaches_the_stream(page):
     page.wait_for_function("[...studio.active.shots.values()].some((shot) => shot.policy === 'cross_only')")
 
 
+def test_a_policy_may_be_typed_with_its_options(page):
+    page.click("#sv-start")
+    page.wait_for_function("studio.active?.player.began")
+    page.fill("#sv-policy input", "blend(8, slerp)")
+    page.press("#sv-policy input", "Enter")
+    page.fill("#sv-prompt textarea", "green")
+    page.click("#sv-apply")
+    page.wait_for_function(
+        "[...studio.active.shots.values()].some((shot) => shot.policy === 'blend(8, slerp)')"
+    )
+
+
 def test_examples_play_at_one_click(page):
     page.click("[data-example='1']")
     page.wait_for_function("studio.active?.player.began")
