@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from streamvid import sinks
 from streamvid.compression import TokenLedger
 from streamvid.kernels.attention import attention_backend
-from streamvid.kernels.companions import PLAIN, Meetings, companions
+from streamvid.kernels.companions import PLAIN, companions
 from streamvid.kernels.windowed import windowed_attention
 from streamvid.kv_storage import QuantisedKV
 from streamvid.rope import Rotation, rotate, rotation, temporal_frequencies
 from streamvid.saving import copy_into, map_tensors
+from streamvid.sink_fusion import fuse_evicted, keep_fused
 from streamvid.window import BlockPlan, WindowOptions, WindowPlanner, WindowSlot
 from streamvid.window_parts import (
     PlannedPart,
@@ -118,8 +119,8 @@ class ContextCache:
         # sinks of averages: the state with this block's evictions beside the state without them
         self.sink_values = torch.zeros(sink_shape if options.fuse else 0, dtype=precise, device=device)
         self.fused_keys, self.fused_values = (torch.zeros_like(t) for t in (self.raw_keys, self.sink_values))
-        self._fused_for: int | None = None
-        self._fused_latents: dict[int, torch.Tensor] = {}  # by rank in the sink, as the block will leave them
+        self.fused_for: int | None = None  # block
+        self.fused_latents: dict[int, torch.Tensor] = {}  # by rank in the sink, as the block will leave them
         self.ledger: TokenLedger | None = None
         self.spare: tuple[torch.Tensor, torch.Tensor] | None = None
         if options.budget is not None:
@@ -165,10 +166,10 @@ class ContextCache:
         """
         self._plan = plan
         anchor = self._anchor(plan)
-        self._rotation = self._query_rotation = self._turn(slot.position + anchor for slot in plan.own)
+        self._rotation = self._query_rotation = self.turn(slot.position + anchor for slot in plan.own)
         if plan.queries_ahead:
             ahead = anchor + plan.queries_ahead
-            self._query_rotation = self._turn(slot.position + ahead for slot in plan.own)
+            self._query_rotation = self.turn(slot.position + ahead for slot in plan.own)
         slots = [slot.slot for slot in plan.own]
         frozen = contiguous_runs(slots[: plan.frozen], self.tokens_per_frame)
         self._own = frozen + contiguous_runs(slots, self.tokens_per_frame, plan.frozen)
@@ -179,19 +180,19 @@ class ContextCache:
             self._slots = first, later
         self._begun.clear()
         if self.options.fuse:
-            self._fuse(plan, anchor)
+            fuse_evicted(self, plan, anchor)
         if self.quantised is not None:  # now that evicted frames have been read
             self.quantised.begin([slot.slot for slot in plan.own], list(self.planner.slot_of.values()))
         if self.ledger is not None:
             self.ledger.begin(plan)
         moves: list[tuple[int, Rotation]] = []
-        for slot in self._shown_sink(plan) if not self.options.fuse else ():
+        for slot in self.shown_sink(plan) if not self.options.fuse else ():
             position = slot.position + anchor
             if self.rotated_at[slot.frame] != position:  # also where it is NO_POSITION
                 if realign:
                     self._realign(slot, position, anchor)
                 else:
-                    moves.append((slot.slot, self._turn([position], anchor)))
+                    moves.append((slot.slot, self.turn([position], anchor)))
                     self.rotated_at[slot.frame] = self.written_at[slot.frame] = position
         own = {slot.frame: slot.position + anchor for slot in plan.own}
         self.rotated_at |= own
@@ -202,7 +203,7 @@ class ContextCache:
         self._raw_tokens = min(len(raw_slots) * self.tokens_per_frame, self.raw_keys.shape[2])
         return moves
 
-    def _shown_sink(self, plan: BlockPlan) -> list[WindowSlot]:
+    def shown_sink(self, plan: BlockPlan) -> list[WindowSlot]:
         """Finished frames of the sink whose positions may move."""
         return [slot for slot in plan.window if slot.slot < self.sink_slots and slot not in plan.own]
 
@@ -216,7 +217,7 @@ class ContextCache:
         stays = own.frame in self.planner.slot_of
         return (self.rotated_at.get(own.frame, own.frame) if stays else own.frame) - own.position
 
-    def _turn(self, positions: Iterable[float], anchor: float = 0.0) -> Rotation:
+    def turn(self, positions: Iterable[float], anchor: float = 0.0) -> Rotation:
         """Of the tokens of frames; one at NO_POSITION is as before rotation, where positions begin at `anchor`."""
         places = list(positions)
         at = [anchor if math.isnan(position) else position for position in places]
@@ -245,73 +246,8 @@ class ContextCache:
         """Attend a sink slot at a new position: its raw key is rotated there in all layers, or all keys on load."""
         self.rotated_at[slot.frame] = position
         if not self.in_place:
-            self.rotate_sink(slot.slot, self._turn([position], anchor))
+            self.rotate_sink(slot.slot, self.turn([position], anchor))
             self.written_at[slot.frame] = position
-
-    def _fuse(self, plan: BlockPlan, anchor: float) -> None:
-        """Let what the block evicts change the sink, once per block, and write the sink where it is attended."""
-        if not plan.fused:
-            self._fused_for = None
-        # a block that starts again has overwritten what it evicted
-        meet = bool(plan.fused) and self._fused_for != plan.block
-        average, fused = (self.raw_keys, self.sink_values), (self.fused_keys, self.fused_values)
-        meetings = self._meetings(plan) if meet else None
-        if meet:
-            self._fused_for = plan.block
-        elif plan.fused:
-            average = fused
-        shown = {slot.slot: slot for slot in self._shown_sink(plan)}
-        if not shown and not meet:
-            return
-        at = {slot.frame: slot.position + anchor for slot in shown.values()}
-        self.rotated_at |= at
-        self.written_at |= at
-        sink = range(self.sink_slots)
-        by = self._turn((at[shown[slot].frame] if slot in shown else 0.0 for slot in sink), anchor)
-        placed = [slot in shown for slot in sink]
-        self.companions.fuse_sink(average, meetings, self._all_stored(), by, placed)
-
-    def _meetings(self, plan: BlockPlan) -> Meetings:
-        """What the plan evicts, and which of it every sink frame meets."""
-        self._fused_latents.clear()
-        kept_frames = self.planner.live_frames[: self.options.sink]
-        ranks = {self.planner.slot_of[frame]: rank for rank, frame in enumerate(kept_frames)}
-        frame_in = {self.planner.slot_of[frame]: frame for frame in plan.evicted}
-        met = []
-        for evicted, sink in plan.fused:
-            kept = 0.0 if plan.overwrites else self._kept(ranks[sink], frame_in[evicted])
-            met.append((sink, evicted, sinks.shares(kept, self.latents.shape[0])))
-        met.sort(key=lambda meeting: meeting[0])  # the order of what one sink frame meets stays
-        buffer, place = self._all_stored(), {slot: slot for slot in frame_in}
-        if self.quantised is not None:
-            spans = [self.quantised.span(slot) for slot in frame_in]
-            buffer = torch.cat([keys for keys, _ in spans], 2), torch.cat([values for _, values in spans], 2)
-            place = {slot: index for index, slot in enumerate(frame_in)}
-        back = self._turn(self.rotated_at[frame_in[evicted]] for _, evicted, _ in met)
-        return Meetings(
-            buffer,
-            (self.fused_keys, self.fused_values),
-            [sum(s < sink for s, *_ in met) for sink in range(self.sink_slots + 1)],
-            [place[evicted] for _, evicted, _ in met],
-            torch.stack([shares for *_, shares in met]).to(self.device),
-            Rotation(back.cos, -back.sin),
-        )
-
-    def _all_stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all layers in one buffer that has the sink's slots first."""
-        if self.quantised is not None:
-            return self.quantised.full[0].flatten(2, 3), self.quantised.full[1].flatten(2, 3)
-        return self.keys, self.values
-
-    def _kept(self, rank: int, frame: int) -> float | torch.Tensor:
-        """Share of a sink frame that stays when it meets an evicted frame; its latents follow where it is replaced."""
-        assert self.sink_update is not None
-        old = self._fused_latents.get(rank, self.sink_latents[:, rank])
-        new = self.latents[:, frame % self.options.window]
-        kept = self.sink_update(sinks.Meeting(rank - self.options.sink, old, new))
-        if isinstance(kept, torch.Tensor):
-            self._fused_latents[rank] = torch.where(kept > 0, old, new)
-        return kept
 
     def _choose_keys(self, plan: BlockPlan, anchor: float) -> None:
         """How far the buffer is attended, and the mask or bias of its keys, and their scale; or the parts that are."""
@@ -353,7 +289,7 @@ class ContextCache:
             return None
         if not math.isnan(there):
             return rotation([there - here], 1, 1, self.head_dim, self.device, self.temporal)
-        (cos, sin), (to_cos, to_sin) = self._turn([here]), self._turn([there], anchor)
+        (cos, sin), (to_cos, to_sin) = self.turn([here]), self.turn([there], anchor)
         return Rotation(cos * to_cos + sin * to_sin, cos * to_sin - sin * to_cos)
 
     def attend(
@@ -466,12 +402,7 @@ class ContextCache:
             self.latents[:, frame % self.options.window] = clean[:, index]
             if frame - self.planner.sink_start < self.options.sink:
                 self.sink_latents[:, frame - self.planner.sink_start] = clean[:, index]
-        if self._fused_for is not None:
-            self.raw_keys, self.fused_keys = self.fused_keys, self.raw_keys
-            self.sink_values, self.fused_values = self.fused_values, self.sink_values
-            for rank, latents in self._fused_latents.items():
-                self.sink_latents[:, rank] = latents
-            self._fused_for, self._fused_latents = None, {}
+        keep_fused(self)
         if self.ledger is not None and self.spare is not None:
             if plan.compressed_from:
                 (self.keys, self.values), self.spare = self.spare, (self.keys, self.values)
@@ -507,7 +438,7 @@ class ContextCache:
         """Back to the beginning: an empty window, block 0."""
         self.planner = WindowPlanner(self.options)
         self.rotated_at, self.written_at = {}, {}
-        self._fused_for, self._fused_latents = None, {}
+        self.fused_for, self.fused_latents = None, {}
         for part in (self.ledger, self.quantised):
             if part is not None:
                 part.clear()
@@ -521,7 +452,7 @@ class ContextCache:
         names = ["latents", "sink_latents"]
         if self.options.fuse:
             names += ["raw_keys", "sink_values"]
-        fused_for = None if compact else self._fused_for
+        fused_for = None if compact else self.fused_for
         if not compact:
             names += ["keys", "values"] + ["raw_keys"] * (not self.options.fuse)
             # a block that failed has overwritten what it fused
@@ -532,7 +463,7 @@ class ContextCache:
             "rotated_at": dict(self.rotated_at),
             "written_at": dict(self.written_at),
             "fused_for": fused_for,
-            "fused_latents": dict(self._fused_latents) if fused_for is not None else {},
+            "fused_latents": dict(self.fused_latents) if fused_for is not None else {},
             "ledger": None if compact or self.ledger is None else self.ledger.state_dict(),
             "quantised": None if compact or self.quantised is None else self.quantised.state_dict(),
         }
@@ -541,7 +472,7 @@ class ContextCache:
         copy_into(vars(self), state["tensors"])
         self.planner.load_state_dict(state["planner"])
         self.rotated_at, self.written_at = dict(state["rotated_at"]), dict(state["written_at"])
-        self._fused_for, self._fused_latents = state["fused_for"], dict(state["fused_latents"])
+        self.fused_for, self.fused_latents = state["fused_for"], dict(state["fused_latents"])
         for part, saved in ((self.ledger, state["ledger"]), (self.quantised, state["quantised"])):
             if part is not None and saved is not None:
                 part.load_state_dict(saved)
@@ -589,6 +520,6 @@ class ContextCache:
             if by is not None:
                 keys[:, self._span(index)] = rotate(keys[:, self._span(index)], by)
         if not rotated:
-            by = self._turn(self.written_at[frame] for frame in frames)
+            by = self.turn(self.written_at[frame] for frame in frames)
             keys = rotate(keys, Rotation(by.cos, -by.sin))
         return keys, values

@@ -106,5 +106,5 @@ class JointContext:
         self._set_aside.clear()
         for slot, frame, position in self._sink:
             if not math.isnan(position):  # a sink without a position is turned afresh for every block
-                self.cache.rotate_sink(slot, self.cache._turn([position]))
+                self.cache.rotate_sink(slot, self.cache.turn([position]))
             self.cache.rotated_at[frame] = self.cache.written_at[frame] = position
