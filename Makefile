@@ -34,7 +34,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint browser
+# Aside: beside a PyTorch for CPUs its operators do not load, and transformers would stumble over it.
+.venv/torchvision: .venv/installed-dev
+	$(INSTALL) --no-deps --upgrade --target $@ torchvision
+
+test: lint browser .venv/torchvision
 	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --ignore tests/app
 	$(BIN)/pytest tests/app  # in real time: alone
 

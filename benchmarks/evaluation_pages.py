@@ -56,6 +56,6 @@ def speed_lines() -> str:
             f"Protocol `{told['protocol']}`, {told['videos']} scripts, every process SIGKILLed after "
             f"{', '.join(map(str, told['kills_after_videos']))} videos (`{told['command']}`): of {told['files_kept']} files "
             f"and {told['values_kept']} values that were there, {told['files_touched']} were touched and "
-            f"{told['values_computed_twice']} computed again; {told['seconds']:.0f} s in all."
+            f"{told['values_computed_twice']} computed again."
         )
     return "\n\n".join(lines)
