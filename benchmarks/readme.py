@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import evaluation_pages
+from benchmarks import diorama_pages, evaluation_pages
 from benchmarks.claims import claims_table, leaders_table, own_table
 from streamvid.evaluation import findings, method_table
 from streamvid.evaluation.adherence import table
@@ -282,6 +282,9 @@ def main() -> int:
     targets = [
         (ROOT / "README.md", "numbers", speed_lines()),
         (ROOT / "docs/diorama.md", "quality", quality_lines()),
+        (ROOT / "docs/diorama.md", "bars", diorama_pages.bars_lines()),
+        (ROOT / "docs/diorama.md", "motion", diorama_pages.motion_lines()),
+        (ROOT / "docs/diorama.md", "diversity", diorama_pages.diversity_lines()),
         (ROOT / "docs/methods.md", "methods", method_lines()),
         (ROOT / "docs/findings.md", "findings", findings_lines()),
         (ROOT / "docs/evaluation.md", "sensitivity", evaluation_pages.sensitivity_lines()),

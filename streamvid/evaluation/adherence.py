@@ -10,7 +10,8 @@ two-second window shows, attribute by attribute:
 - `switch`: the window from 2.5 to 4.5 seconds after one or two attributes of the prompt changed at 5 seconds; `soon`: of the
   attributes that changed, and of those that did not, what the window from 1.5 to 3.5 seconds shows.
 
-Every group of videos is a file of its own in `--parts-folder`, so that a run that is stopped goes on where it was.
+Every group of videos is a file of its own in `--parts-folder`, so that a run that is stopped goes on where it was, and one
+of more prompts or seeds takes the groups that are the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -94,14 +95,17 @@ def measure(
     parts: Sequence[str] = DEFAULT_PARTS,
     answer: Answer | None = None,
     kept: Kept | None = None,
+    first: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Accuracies by part and attribute, with 95% intervals.
 
     `options` go to `pipe.stream`; `answer` tells what the probe sees of groups of videos, in other processes say (default:
-    here, one after the other). With `kept` every group's answer is a file, and what is there is not made again.
+    here, one after the other). With `kept` every group's answer is a file, and what is there is not made again. With `first`
+    only so many of the prompts are measured now.
     """
     result: dict[str, Any] = {"prompts": prompts, "seeds": list(seeds), "options": options}
+    result |= {"first": first} if first else {}
     began = time.monotonic()
     scenes = _questions(prompts)[0]
     if "vae" in parts:
@@ -109,34 +113,42 @@ def measure(
         def ceiling():
             return _vae_ceiling(pipe, probe, scenes, batch)
 
-        result["vae"] = stored(kept.path("vae", 0), kept.settings, ceiling) if kept else ceiling()
+        known = {**kept.settings, "prompts": prompts} if kept else {}
+        result["vae"] = stored(kept.path("vae", 0), known, ceiling) if kept else ceiling()
     answer = answer or (lambda groups: (answer_group(pipe, probe, group, **options) for group in groups))
     for part in BLOCKS:
         if part in parts:
-            result[part] = summary(part, *right_answers(part, prompts, seeds, answer, batch, kept))
+            result[part] = summary(part, *right_answers(part, prompts, seeds, answer, batch, kept, first))
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
 
 def right_answers(
-    part: str, prompts: int, seeds: Sequence[int], answer: Answer, batch: int = 32, kept: Kept | None = None
+    part: str,
+    prompts: int,
+    seeds: Sequence[int],
+    answer: Answer,
+    batch: int = 32,
+    kept: Kept | None = None,
+    first: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every video, seed by seed: which attributes are right, `[N, windows, 7]`, and which of them changed, `[N, 7]`."""
     scenes, texts, changed, changed_texts = _questions(prompts)
-    jobs = [(i, seed) for seed in seeds for i in range(prompts)]
+    jobs = [(i, seed) for seed in seeds for i in range(first or prompts)]
     groups = []
-    for first in range(0, len(jobs), batch):
-        some = jobs[first : first + batch]
+    for start in range(0, len(jobs), batch):
+        some = jobs[start : start + batch]
         then = tuple(changed_texts[i] for i, _ in some) if part == "switch" else ()
         numbers = tuple(1000 * i + seed for i, seed in some)
         groups.append(Group(part, tuple(texts[i] for i, _ in some), numbers, then))
-    told = [read_stored(kept.path(part, n), kept.settings) if kept else None for n in range(len(groups))]
+    known = [{**kept.settings, **asdict(group)} if kept else {} for group in groups]
+    told = [read_stored(kept.path(part, n), known[n]) if kept else None for n in range(len(groups))]
     missing = [number for number, answers in enumerate(told) if answers is None]
     began = time.monotonic()
     for number, found in zip(missing, answer([groups[n] for n in missing]), strict=True):
         told[number] = found.tolist()
         if kept:
-            write_stored(kept.path(part, number), kept.settings, told[number])
+            write_stored(kept.path(part, number), known[number], told[number])
         done = sum(answers is not None for answers in told)
         print(f"{part}: {done}/{len(groups)} groups, {time.monotonic() - began:.0f} s", flush=True)
     before = torch.tensor([scenes[i].labels() for i, _ in jobs])
@@ -320,13 +332,11 @@ def table(result: dict[str, Any]) -> str:
 def settings(
     pipe: StreamVidPipeline,
     probe: AttributeProbe,
-    prompts: int,
-    seeds: Sequence[int],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Without which a kept answer is made anew."""
+    """Without which a kept answer is made anew, whatever it is the answer to."""
     weights = fingerprint(pipe.transformer, pipe.text_encoder, pipe.vae, probe)
-    return {"prompts": prompts, "seeds": list(seeds), "options": dict(options), "weights": weights}
+    return {"options": dict(options), "weights": weights}
 
 
 def main() -> None:
@@ -335,6 +345,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="diorama")
     parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--first", type=int, help="measure only so many of the prompts, a part of the whole")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--parts", nargs="+", default=DEFAULT_PARTS, choices=("vae", *BLOCKS))
     parser.add_argument("--method")
@@ -357,7 +368,7 @@ def main() -> None:
     extra: dict[str, Any] = {"method": options.method} if options.method else {}
     if options.set:
         extra["overrides"] = parse_assignments(options.set)
-    kept = Kept(options.parts_folder, settings(pipe, probe, options.prompts, options.seeds, extra))
+    kept = Kept(options.parts_folder, settings(pipe, probe, extra))
     make = partial(answers_of, options.model, extra)
     many = in_processes(options.processes, make) if options.processes > 1 else nullcontext()
     with many as answer:
@@ -369,6 +380,7 @@ def main() -> None:
             parts=options.parts,
             answer=answer,
             kept=kept,
+            first=options.first,
             **extra,
         )
     result = {"model": options.model, **measured}

@@ -132,8 +132,8 @@ def measure(
             continue
         found: dict[str, Any] = {"name": row.name, "model": row.model, "options": _options(row)}
         result["stages"].append(found)
-        known = settings(load_pipeline(row.model), shipped_probe(), prompts, seeds, _options(row))
-        kept = Kept(folder / row.name.replace(" ", "_"), {**known, "batch": batch})
+        known = settings(load_pipeline(row.model), shipped_probe(), _options(row))
+        kept = Kept(folder / row.name.replace(" ", "_"), known)
         with in_processes(processes, row.answerer()) as answer:
             for part in row.parts:
                 right, changed = right_answers(part, prompts, seeds, answer, batch, kept)

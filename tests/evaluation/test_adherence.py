@@ -152,6 +152,21 @@ def test_a_measurement_that_is_killed_goes_on(tmp_path):
     assert len(changed.calls) == 3
 
 
+def test_a_whole_measurement_takes_what_a_part_of_it_made(tmp_path):
+    """A part: the first 8 of 12 prompts, one of two seeds."""
+    kept = Kept(tmp_path, {"weights": "a"})
+    part = FakePipeline()
+    found = run(part, seeds=(0,), parts=("switch",), kept=kept, first=8)
+    assert found["first"] == 8 and part.calls[0]["seed"] == [1000 * i for i in range(8)]
+    assert found["switch"]["changed"]["count"] == 12
+    pipe = FakePipeline()
+    whole = run(pipe, parts=("switch",), kept=kept)
+    assert len(pipe.calls) == 2 and whole["switch"] == run(parts=("switch",))["switch"]
+    other = FakePipeline()
+    run(other, prompts=8, seeds=(0,), parts=("switch",), kept=kept)  # others, for prompts are drawn together
+    assert len(other.calls) == 1
+
+
 def test_other_weights_have_another_fingerprint():
     one = torch.nn.Linear(3, 2)
     before = fingerprint(one, FakePipeline.vae)

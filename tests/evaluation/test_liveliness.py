@@ -100,6 +100,8 @@ def test_renders_move_as_renders(rendering):
 def test_a_frozen_stream_has_no_motion_and_a_slow_one_half(rendering):
     frozen = watched(rendering(still_from=5))
     assert summary(frozen, range(len(MOTIONS)), ["start"])["start"]["against_rendered"]["ratio"] == 0.0
+    dry = summary(frozen, range(len(MOTIONS)), ["start"])["start"]["by_weather"]["clear"]
+    assert (dry["ratio"], dry["prompts"]) == (0.0, 3) and dry["rendered"] > 0
     slow = summary(watched(rendering(pace=0.5)), range(len(MOTIONS)), ["start"])["start"]
     for name in ("rolls left", "bounces", "circles"):
         assert 0.35 < slow["by_motion"][name]["ratio"] < 0.75
@@ -190,7 +192,7 @@ def test_the_command_keeps_groups_and_writes_a_table(tmp_path, monkeypatch, caps
     assert found["moments"]["minute"]["against_rendered"]["ratio"] == 0.5
     assert found["moments"]["start"]["right"]["mean"] == pytest.approx(6 / 7, abs=1e-4)
     told = capsys.readouterr().out
-    assert "| minute | 1.00, x 0.50 [0.50, 0.50] | 1.00 |" in told
+    assert "| minute | 1.00, x 0.50 [0.50, 0.50] | 1.00, x 0.50 [0.50, 0.50] | 1.00 |" in told
 
 
 def test_the_shipped_model_moves(tmp_path):
