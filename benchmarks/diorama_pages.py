@@ -182,4 +182,14 @@ def bars_lines() -> str:
         interval = f"{bar.low:.3f} to {bar.high:.3f}" if bar.low < bar.high else ""
         digits = 2 if abs(bar.value) > 2 else 3
         lines.append(f"| {bar.asked} | {bar.value:.{digits}f} | {interval} | {bar.of} | {bar.verdict} |")
+    switch = stored("switch")
+    if switch:
+        first = f" --first {switch['first']}" if "first" in switch else ""
+        seeds = " ".join(map(str, switch["seeds"]))
+        lines += [
+            "",
+            "`changed`, `kept`: what the window from 1.5 to 3.5 s after a switch shows (`python -m "
+            f"streamvid.evaluation.adherence --parts switch --prompts {switch['prompts']}{first} --seeds {seeds}`). Motion, "
+            "2 steps, 10 min and seeds: below.",
+        ]
     return "\n".join(lines)
