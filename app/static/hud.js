@@ -50,9 +50,11 @@ export function drawChunk(view, info) {
 function drawStages(view) {
   const recent = view.chunks.slice(-8);
   const mean = (name) => recent.reduce((sum, chunk) => sum + Math.max(0, chunk.timings[name] ?? 0), 0) / recent.length;
-  // a context pass that rides along with the next block's first step has no time of its own
-  const name = (label, stage) => stage === "denoise" && mean("context") < 0.0005 ? "transformer, context pass" : label;
-  const shares = STAGES.map(([stage, label, colour]) => [name(label, stage), colour, mean(stage)]);
+  const rides = mean("context") < 0.02 * mean("denoise"); // the context pass goes with the next block's first step
+  const shares = STAGES.map(([stage, label, colour]) => {
+    if (rides && stage === "denoise") return ["transformer, context pass", colour, mean(stage) + mean("context")];
+    return [label, colour, rides && stage === "context" ? 0 : mean(stage)];
+  });
   const total = shares.reduce((sum, [, , value]) => sum + value, 0);
   const media = recent.reduce((sum, chunk) => sum + chunk.seconds, 0) / recent.length;
   const full = Math.max(total, media);

@@ -69,7 +69,7 @@ def test_the_bars_are_the_stages_of_a_chunk(page):
 
 
 def test_a_context_pass_that_rides_along_is_said_to_be_in_the_transformers_time(page):
-    tell(page, timings={"denoise": 0.2, "context": 0.0001, "decode": 0.1, "total": 0.3})
+    tell(page, timings={"denoise": 0.199, "context": 0.001, "decode": 0.1, "total": 0.3})
     legend = [" ".join(text.split()) for text in page.locator("#hud-legend span").all_inner_texts()]
     assert legend == ["transformer, context pass 200 ms", "decode 100 ms"]
 
