@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from typing import TYPE_CHECKING
 
 import torch
 
 from streamvid.context import ContextCache
+from streamvid.errors import UserError
 from streamvid.kernels.companions import PLAIN
 from streamvid.window import BlockPlan
+
+if TYPE_CHECKING:
+    from streamvid.methods import Method
 
 # tokens of a block up to which weights take longer to read than to multiply, so that one reading for two blocks pays
 PAYS_UP_TO = 1024
@@ -42,6 +47,27 @@ class EvictedKeys:
         layers, batch, _, heads, head_dim = cache.keys.shape
         self.keys = cache.keys.new_zeros(layers, batch, tokens, heads, head_dim)
         self.values = torch.zeros_like(self.keys)
+
+
+def room_for(cache: ContextCache, method: Method, context_pass: str) -> EvictedKeys | None:
+    """What a stream's joint context passes need; None where every block has its own.
+
+    Raises:
+        UserError: there is no such `context_pass`, or the method cannot have joint ones.
+    """
+    if context_pass not in CONTEXT_PASSES:
+        raise UserError(
+            f"context_pass = {context_pass!r} is not known: choose one of {', '.join(CONTEXT_PASSES)}"
+        )
+    can = method.sampler == "few_step" and not method.recompute and can_be_joint(cache)
+    if context_pass == "joint" and not can:
+        raise UserError(
+            "context_pass = joint needs sampler = few_step and whole frames that stay as they were written (no "
+            "recompute, sink_update, budget, past_bias, kv_dtype): take context_pass = auto"
+        )
+    pays = cache.tokens_per_frame * method.frames_per_block <= PAYS_UP_TO
+    wanted = context_pass == "joint" or (context_pass == "auto" and pays)
+    return EvictedKeys(cache) if wanted and can else None
 
 
 class JointContext:

@@ -31,7 +31,7 @@ from streamvid.decoding import VaeState, decode_to_bytes, decoder_state
 from streamvid.direction import Blend, BlockSetup, Director, PromptKeys
 from streamvid.errors import UserError
 from streamvid.given import encode_frames
-from streamvid.joint_context import CONTEXT_PASSES, PAYS_UP_TO, EvictedKeys, JointContext, can_be_joint
+from streamvid.joint_context import JointContext, room_for
 from streamvid.methods import Method
 from streamvid.noise import (
     NoiseSource,
@@ -117,7 +117,8 @@ class VideoStream:
                 **method.cache_options(),
             )
         self.context_pass = context_pass
-        self.room = self._room()
+        with _plain_tensors():
+            self.room = room_for(self.cache, self.method, self.context_pass)
         self.unwritten: BlockPlan | None = (
             None  # plan of the latest block, whose clean keys have yet to be written
         )
@@ -168,24 +169,6 @@ class VideoStream:
             self.cache.begin(plan)
             self.cache.commit(self.sampler.context_pass(inputs, plan, latents), latents)
         self._decode_past(self.given)
-
-    def _room(self) -> EvictedKeys | None:
-        """What joint context passes need; None where every block has its own."""
-        if self.context_pass not in CONTEXT_PASSES:
-            raise UserError(
-                f"context_pass = {self.context_pass!r} is not known: choose one of {', '.join(CONTEXT_PASSES)}"
-            )
-        can = self.method.sampler == "few_step" and not self.method.recompute and can_be_joint(self.cache)
-        if self.context_pass == "joint" and not can:
-            raise UserError(
-                "context_pass = joint needs sampler = few_step and whole frames that stay as they were written (no "
-                "recompute, sink_update, budget, past_bias, kv_dtype): take context_pass = auto"
-            )
-        pays = self.cache.tokens_per_frame * self.method.frames_per_block <= PAYS_UP_TO
-        if self.context_pass == "separate" or not can or (self.context_pass == "auto" and not pays):
-            return None
-        with _plain_tensors():
-            return EvictedKeys(self.cache)
 
     def prompt(self, text: str | list[str], policy: str | None = None) -> Receipt:
         """Switch to another prompt at the next block; thread-safe, the last call before the block wins.

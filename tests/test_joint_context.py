@@ -116,7 +116,7 @@ def test_a_switch_leaves_out_a_pass_that_nobody_reads(policy, passes):
 
 
 def test_large_blocks_keep_their_own_pass(monkeypatch):
-    monkeypatch.setattr("streamvid.stream.PAYS_UP_TO", 3 * tiny.TOKENS - 1)
+    monkeypatch.setattr("streamvid.joint_context.PAYS_UP_TO", 3 * tiny.TOKENS - 1)
     assert start().room is None and start(context_pass="joint").room is not None
 
 
