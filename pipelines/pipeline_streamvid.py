@@ -38,10 +38,13 @@ from streamvid.transformer import CausalWanTransformer3DModel
 
 # (pipeline, step or chunk, its time, what can be seen) -> what shall be changed
 EndCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
-# arguments of other pipelines that have nothing to act on here, and why
-FOREIGN_OPTIONS = {
-    "negative_prompt": "a few-step student makes no second, unconditioned prediction to steer away from",
-    "guidance_scale": "guidance was distilled into the weights of a few-step student",
+# arguments of other pipelines that have nothing to act on here: values that ask for nothing, and why others are refused
+FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "negative_prompt": (
+        (None, ""),
+        "a few-step student makes no second, unconditioned prediction to steer away from",
+    ),
+    "guidance_scale": ((None, 1.0), "guidance was distilled into the weights of a few-step student"),
 }
 
 
@@ -398,9 +401,12 @@ class StreamVidPipeline(StreamVidLoraMixin, DiffusionPipeline):
             UserError: besides what `stream` raises, an option that does not exist.
         """
         known = [name for name in inspect.signature(self.stream).parameters if name != "script"]
-        for name in options:
+        for name in list(options):
             if name not in known:
-                why = FOREIGN_OPTIONS.get(name)
+                nothing, why = FOREIGN_OPTIONS.get(name, ((), ""))
+                if options[name] in nothing:
+                    del options[name]
+                    continue
                 raise UserError(
                     f"{name} has no effect here, {why}: leave it out"
                     if why

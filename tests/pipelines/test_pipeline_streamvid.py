@@ -220,6 +220,14 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_what_asks_for_nothing_is_taken(pipe):
+    """Code written for other pipelines passes defaults along."""
+    options = {"num_frames": 9, "seed": 1, "output_type": "latent"}
+    plain = pipe(FOX, **options).frames
+    same = pipe(FOX, negative_prompt=None, guidance_scale=1.0, **options).frames
+    assert torch.equal(plain, same)
+
+
 def test_a_generator_draws_the_seed(pipe):
     first, second = seeds(pipe, generator=generator(5)), seeds(pipe, generator=generator(6))
     assert first == seeds(pipe, generator=generator(5)) != second
