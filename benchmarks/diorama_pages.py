@@ -11,6 +11,7 @@ import numpy as np
 
 from streamvid.evaluation import diversity, liveliness
 from streamvid.evaluation.stats import paired
+from streamvid.world.scene import ATTRIBUTES
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -172,7 +173,10 @@ def _right(result: Mapping[str, Any], moment: str) -> np.ndarray:
 def _paired(asked: str, first: np.ndarray, second: np.ndarray, lowest: float) -> Bar:
     count = min(len(first), len(second))
     told = paired(first[:count], second[:count])
-    return Bar(asked, told.difference, told.low, told.high, f"{count} prompts", lowest=lowest)
+    low, high = told.low, told.high
+    if low == high:  # nothing differs, and a bootstrap knows no more: the rule of three, over attributes
+        low, high = low - 3 / (len(ATTRIBUTES) * count), high + 3 / (len(ATTRIBUTES) * count)
+    return Bar(asked, told.difference, low, high, f"{count} prompts", lowest=lowest)
 
 
 def bars_lines() -> str:

@@ -74,7 +74,11 @@ def test_two_steps_and_ten_minutes_are_paired_by_prompt(docs):
     docs("long", liveliness([1.0, 0.9], ten_minutes=([1.0, 0.9], 0.7)))
     two, ten = named("2 steps"), named("10 min against")
     assert two.value == pytest.approx(-0.1) and two.verdict == "not met" and two.of == "3 prompts"
-    assert (ten.value, ten.verdict) == (0.0, "met")
+    assert (ten.value, ten.verdict) == (
+        0.0,
+        "met, within chance",
+    )  # two prompts without a difference prove little
+    assert ten.low == pytest.approx(-3 / 14)
     assert named("flow at 10 min").verdict == "not met" and named("flow of rendered").verdict == "met"
     assert "2 steps: 3 held-out prompts" in diorama_pages.motion_lines()
 
