@@ -91,6 +91,7 @@ def measure(model: str, prompts: int, blocks: int, method: str | None = None) ->
         rows.append(row)
         print(f"{kv_dtype}: {time.monotonic() - began:.0f} s {row}", flush=True)
     return {
+        "command": f"python -m benchmarks.kv_dtype --prompts {prompts} --blocks {blocks}",
         "model": model,
         "method": method,
         "prompts": prompts,

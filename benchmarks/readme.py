@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import diorama_pages, evaluation_pages
+from benchmarks import diorama_pages, evaluation_pages, kv_dtype
 from benchmarks.claims import claims_table, leaders_table, own_table
 from streamvid.evaluation import findings, method_table
 from streamvid.evaluation.adherence import table
@@ -22,6 +22,7 @@ PLANS = ROOT / "benchmarks/results/plans.json"
 WEIGHTS = ROOT / "benchmarks/results/weights.json"
 ADHERENCE = ROOT / "docs/diorama_adherence.json"
 METHODS = ROOT / "docs/method_table.json"
+STORAGE = ROOT / "benchmarks/results/kv_dtype.json"
 FINDINGS = ROOT / "docs/findings.json"
 STUDIO = ROOT / "docs/studio_live.json"
 
@@ -272,6 +273,15 @@ def studio_lines() -> str:
     )
 
 
+def storage_lines() -> str:
+    """What smaller keys and values cost, as measured by `benchmarks.kv_dtype`."""
+    result = json.loads(STORAGE.read_text())
+    return (
+        f"{result['model']}, `{result['method']}`, {result['prompts']} prompts (`{result['command']} --output "
+        f"{STORAGE.relative_to(ROOT)}`):\n\n{kv_dtype.table(result)}"
+    )
+
+
 def fill(path: Path, name: str, content: str) -> str:
     """The file's text with the block called `name` replaced."""
     pattern = re.compile(rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -286,6 +296,7 @@ def main() -> int:
         (ROOT / "docs/diorama.md", "motion", diorama_pages.motion_lines()),
         (ROOT / "docs/diorama.md", "diversity", diorama_pages.diversity_lines()),
         (ROOT / "docs/methods.md", "methods", method_lines()),
+        (ROOT / "docs/methods.md", "storage", storage_lines()),
         (ROOT / "docs/findings.md", "findings", findings_lines()),
         (ROOT / "docs/evaluation.md", "sensitivity", evaluation_pages.sensitivity_lines()),
         (ROOT / "docs/evaluation.md", "speed", evaluation_pages.speed_lines()),
