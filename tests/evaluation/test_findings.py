@@ -30,7 +30,7 @@ def test_the_shipped_questions_name_methods_that_exist():
     arms, questions = read_questions(ROOT / "configs" / "stages" / "diorama_findings.yaml")
     for arm in arms:
         load_method(arm.method or "longlive_infinite", arm.overrides)
-    assert model_method("diorama") == "longlive_infinite" and len(questions) == 10
+    assert model_method("diorama") == "longlive_infinite" and len(questions) == 12
     assert {name for question in questions for name in question.arms} == {arm.name for arm in arms}
     assert all(arm.needs for arm in arms if arm.model.startswith("runs/"))
     text = (ROOT / "docs" / "findings.md").read_text()
