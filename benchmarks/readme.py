@@ -18,6 +18,7 @@ from streamvid.evaluation.adherence import table
 
 ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "benchmarks/results/end_to_end.json"
+PARTS = ROOT / "benchmarks/results/parts.json"
 PLANS = ROOT / "benchmarks/results/plans.json"
 WEIGHTS = ROOT / "benchmarks/results/weights.json"
 ADHERENCE = ROOT / "docs/diorama_adherence.json"
@@ -93,6 +94,31 @@ def roofline_lines() -> str:
             "",
             f"`streamvid plan` had said {predicted['peak_memory_mb']:.0f} MB and {predicted['fps']:.0f} frames/s; it took "
             f"{result['peak_memory_mb']:.0f} MB ({plan['memory_ratio']}x) and {plan['fps_ratio']}x the rate.",
+        ]
+    )
+
+
+def parts_lines() -> str:
+    """Decoding and denoising against their baselines, as measured by `benchmarks.parts`."""
+    result = json.loads(PARTS.read_text())
+    decoding, denoising = result["decoding_ms_per_block"], result["denoising_ms_per_block"]
+    rows = [
+        ("a plain `vae.decode`", decoding["plain"], ""),
+        ("the stream's decoding", decoding["exact"], decoding["exact_faster_than_plain"]),
+        ("the naive loop's denoising", denoising["naive"], ""),
+        (
+            "the stream's, context passes separate",
+            denoising["separate"],
+            denoising["separate_faster_than_naive"],
+        ),
+        ("the stream's, context passes joint", denoising["stream"], denoising["stream_faster_than_naive"]),
+    ]
+    told = [(name, f"{ms:.0f} ms", f"{times:.2f}x" if times else "") for name, ms, times in rows]
+    return "\n".join(
+        [
+            f"CPU time of one thread, in turns (`{result['command']}`; load average {result['machine']['load_average']}):",
+            "",
+            *table_lines(["a block", "time", "as fast as the baseline"], told),
         ]
     )
 
@@ -301,6 +327,7 @@ def main() -> int:
         (ROOT / "docs/evaluation.md", "sensitivity", evaluation_pages.sensitivity_lines()),
         (ROOT / "docs/evaluation.md", "speed", evaluation_pages.speed_lines()),
         (ROOT / "docs/speed.md", "roofline", roofline_lines()),
+        (ROOT / "docs/speed.md", "parts", parts_lines()),
         (ROOT / "docs/speed.md", "plans", plan_lines()),
         (ROOT / "docs/speed.md", "weights", weight_lines()),
         (ROOT / "docs/studio.md", "live", studio_lines()),
