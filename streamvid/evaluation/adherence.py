@@ -339,6 +339,26 @@ def settings(
     return {"options": dict(options), "weights": weights}
 
 
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Which method is measured, and with which changes."""
+    parser.add_argument("--method")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="of the method, e.g. denoising_steps=[1000,500]",
+    )
+
+
+def method_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The same as options of a stream."""
+    chosen: dict[str, Any] = {"method": options.method} if options.method else {}
+    if options.set:
+        chosen["overrides"] = parse_assignments(options.set)
+    return chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -348,14 +368,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="measure only so many of the prompts, a part of the whole")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--parts", nargs="+", default=DEFAULT_PARTS, choices=("vae", *BLOCKS))
-    parser.add_argument("--method")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="of the method, e.g. denoising_steps=[1000,500]",
-    )
+    add_method_options(parser)
     parser.add_argument(
         "--parts-folder", type=Path, default=Path("out/adherence"), help="of a file per group"
     )
@@ -365,9 +378,7 @@ def main() -> None:
     options = parser.parse_args()
     pipe = load_pipeline(options.model)
     probe = shipped_probe()
-    extra: dict[str, Any] = {"method": options.method} if options.method else {}
-    if options.set:
-        extra["overrides"] = parse_assignments(options.set)
+    extra = method_options(options)
     kept = Kept(options.parts_folder, settings(pipe, probe, extra))
     make = partial(answers_of, options.model, extra)
     many = in_processes(options.processes, make) if options.processes > 1 else nullcontext()

@@ -25,9 +25,14 @@ import numpy as np
 import torch
 from scipy import stats
 
-from streamvid.commands.common import parse_assignments
 from streamvid.decoding import decode_to_bytes, decoder_state
-from streamvid.evaluation.adherence import WARM_UP_BLOCKS, in_processes, shipped_probe
+from streamvid.evaluation.adherence import (
+    WARM_UP_BLOCKS,
+    add_method_options,
+    in_processes,
+    method_options,
+    shipped_probe,
+)
 from streamvid.evaluation.flow import DisFlow, magnitudes
 from streamvid.evaluation.stats import RESAMPLES, SEED, by_group, interval
 from streamvid.evaluation.stored import fingerprint, read_stored, write_stored
@@ -254,14 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--moments", nargs="+", default=["start"], choices=tuple(MOMENTS))
-    parser.add_argument("--method")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="of the method, e.g. denoising_steps=[1000,500]",
-    )
+    add_method_options(parser)
     parser.add_argument("--processes", type=int, default=1, help="of one thread each")
     parser.add_argument(
         "--parts", type=Path, default=Path("out/liveliness"), help="folder of a file per group"
@@ -270,9 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     pipe, probe = load_pipeline(options.model), shipped_probe()
     weights = fingerprint(pipe.transformer, pipe.text_encoder, pipe.vae, probe)
-    extra: dict[str, Any] = {"method": options.method} if options.method else {}
-    if options.set:
-        extra["overrides"] = parse_assignments(options.set)
+    extra = method_options(options)
     make = partial(watcher, options.model, options.moments, extra)
     with in_processes(options.processes, make) as answer:
         result = measure(
@@ -285,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     seeds, moments = (" ".join(map(str, values)) for values in (options.seeds, options.moments))
     command = f"python -m streamvid.evaluation.liveliness --prompts {options.prompts} --seeds {seeds} --moments {moments}"
+    command += f" --method {options.method}" if options.method else ""
     command += f" --set {' '.join(options.set)}" if options.set else ""
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(options.output) as temporary:

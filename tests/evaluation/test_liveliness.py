@@ -189,6 +189,7 @@ def test_the_command_keeps_groups_and_writes_a_table(tmp_path, monkeypatch, caps
     assert len(calls) == 9
     found = json.loads((tmp_path / "deep" / "x.json").read_text())
     assert found["method"] == "longlive" and found["overrides"] == {"denoising_steps": [1000, 500]}
+    assert found["command"].endswith("minute --method longlive --set denoising_steps=[1000, 500]")
     assert found["moments"]["minute"]["against_rendered"]["ratio"] == 0.5
     assert found["moments"]["start"]["right"]["mean"] == pytest.approx(6 / 7, abs=1e-4)
     told = capsys.readouterr().out
