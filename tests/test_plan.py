@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -124,7 +125,8 @@ print(peak_memory(torch.device("cpu")))
 
 @pytest.mark.parametrize(("model", "window", "beside"), [("diorama", 12, True), ("reduced", 6, False)])
 def test_planned_memory_is_that_of_a_process(model, window, beside):
-    """All memory that the process holds at its peak: Python, libraries, weights, caches, activations."""
+    """All memory in use at the peak of a process: Python, libraries, weights, caches, activations. What glibc keeps of
+    freed memory differs by 15% from run to run, so here it gives back at once, and the plan's estimate of it is left out."""
     spec = model_spec(model) if model == "diorama" else reduced()
     method = load_method("longlive", {"window": window})
     configuration = Configuration(
@@ -141,14 +143,21 @@ def test_planned_memory_is_that_of_a_process(model, window, beside):
     ]
     measured = int(fresh("-c", PLAY, model, str(window), str(beside)).split()[-1])
     plan = Plan(configuration, GPU._replace(kind="cpu"), count(configuration), process)
-    assert plan.peak == pytest.approx(measured, rel=0.1)
+    assert plan.peak - plan.kept == pytest.approx(measured, rel=0.1)
+    assert 0 < plan.kept < 0.2 * plan.peak
 
 
 def fresh(*arguments: str) -> str:
-    """What a Python process of its own prints."""
+    """What a Python process of its own prints, in which freed memory goes back to the system at once."""
     root = Path(__file__).parents[1]
+    giving_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=root
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+        env=os.environ | giving_back,
     ).stdout
 
 
