@@ -40,7 +40,8 @@ lint: .venv/installed-dev
 
 test: lint browser .venv/torchvision
 	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --ignore tests/app
-	$(BIN)/pytest tests/app  # in real time: alone
+	@# In real time: alone, and again where a bound failed that other work on the machine can break.
+	$(BIN)/pytest tests/app --reruns 2
 
 # Pages are tested in a real browser: the distribution's, where there is none yet.
 browser:
