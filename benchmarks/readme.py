@@ -318,6 +318,7 @@ def main() -> int:
     targets = [
         (ROOT / "README.md", "numbers", speed_lines()),
         (ROOT / "docs/diorama.md", "quality", quality_lines()),
+        (ROOT / "streamvid/embedded/diorama/README.md", "quality", quality_lines()),
         (ROOT / "docs/diorama.md", "bars", diorama_pages.bars_lines()),
         (ROOT / "docs/diorama.md", "motion", diorama_pages.motion_lines()),
         (ROOT / "docs/diorama.md", "diversity", diorama_pages.diversity_lines()),

@@ -11,13 +11,14 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from streamvid.methods import load_method
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
 from streamvid.schedule import FewStepFlowScheduler
+from streamvid.training.card import write_assembled_card
 from streamvid.transformer import CausalWanTransformer3DModel
 
 
 def assemble(
     vae: str, text: str, student: str, output: str, method: str, fps: float, height: int, width: int
 ) -> None:
-    """Write a pipeline folder from the folders that the training stages exported, weights in float16."""
+    """Write a pipeline folder from the folders that the training stages exported, weights in float16, with a card."""
     load_method(method)
     half = {"dtype": torch.float16}
     pipe = StreamVidPipeline(
@@ -32,3 +33,4 @@ def assemble(
         width=width,
     )
     pipe.save_pretrained(Path(output))
+    write_assembled_card(Path(output), [Path(vae), Path(text), Path(student)])

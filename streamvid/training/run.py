@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from streamvid.errors import UserError
+from streamvid.training.card import write_card
 from streamvid.training.dry_run import describe
 from streamvid.training.logs import REPORTS
 from streamvid.training.options import TrainerOptions
@@ -182,4 +183,7 @@ def train(
         options = TrainerOptions(**config["trainer"])
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)  # the initial weights
-        Trainer(build_stage(config), options).run()
+        trainer = Trainer(build_stage(config), options)
+        trainer.run()
+        if trainer.accelerator.is_main_process:
+            write_card(config, trainer.accelerator.num_processes)

@@ -62,6 +62,7 @@ def test_the_command_assembles(parts, tmp_path):
     config.write_text("\n".join(["kind: assemble", "stage:", *lines]))
     assert main(["train", str(config)]) == 0
     assert load_pipeline(str(tmp_path / "model")).config.width == 48
+    assert "## student" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_what_is_missing_is_told(parts, tmp_path, capsys):

@@ -217,6 +217,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch, capfd
         assert (together[name] - alone[name]).norm() < 0.02 * moved, name
     states = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= states  # every process wrote its part
+    cards = [(tmp_path / name / "model" / "README.md").read_text() for name in ("run", "one")]
+    assert "2 processes" in cards[0] and "1 process," in cards[1]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
