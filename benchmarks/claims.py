@@ -53,6 +53,10 @@ CLAIMS = (
         "drift",
     ),
     Claim("... and on its prompt", "Deep Forcing", "deep_forcing", "self_forcing", "end"),
+    Claim("... already by itself", "Deep Forcing", "deep_sink", "self_forcing", "drift"),
+    Claim(
+        "compression keeps more than a deep sink alone", "Deep Forcing", "deep_forcing", "deep_sink", "end"
+    ),
     Claim("joint denoising suppresses drift", "Rolling Forcing", "rolling_forcing", "self_forcing", "drift"),
     Claim(
         "a flush makes the video follow a new prompt",
@@ -64,6 +68,20 @@ CLAIMS = (
     Claim("memories keep more than a static sink does", "MemRoPE", "memrope", "longlive_infinite", "end"),
     Claim("modulated frequencies reach further", "FLEX", "flex", "self_forcing", "end"),
     Claim("scaled scores let a longer window be used", "UltraViCo", "ultravico", "self_forcing", "end"),
+    Claim(
+        "temporal bases by head keep a video from falling back to its sink",
+        "LoL",
+        "lol",
+        "longlive",
+        "repetition",
+    ),
+    Claim(
+        "a refreshed sink follows a new prompt",
+        "StreamDiffusionV2",
+        "streamdiffusionv2",
+        "longlive_infinite",
+        "changed",
+    ),
     Claim("a past written anew accumulates no errors", "Krea", "krea", "self_forcing", "drift"),
     Claim("an averaged sink drifts less", "Reward Forcing", "reward_forcing", "streamvid_lean", "drift"),
     Claim("a shorter window drifts less", "ours", "streamvid_recache", "longlive_infinite", "drift"),
