@@ -313,13 +313,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         if hidden_states is None:
             return prompt_kv
         assert timestep is not None, "latents need timesteps"
-        batch, _, frames, height, width = hidden_states.shape
-        rows, columns = self.token_grid(height, width)
+        frames = hidden_states.shape[2]
         if context is None:
             context = FullAttention(
                 frames,
-                rows,
-                columns,
+                *self.token_grid(*hidden_states.shape[-2:]),
                 self.config.attention_head_dim,
                 hidden_states.device,
                 self.attention_name,

@@ -5,7 +5,8 @@ decoded as a whole: only three windows of two seconds are, each but the first af
 decoder's memory. Per method:
 
 - the numbers of `COLUMNS`;
-- `fps`: frames per second of one stream without decoding, after a warm-up of five blocks; `kv_bytes`: of its cache.
+- `fps`: frames per second of one stream without decoding, after a warm-up of five blocks, all methods in turns, the median;
+  `kv_bytes`: of its cache.
 
 Every batch of every method is a file of its own, so that a run that is stopped goes on where it was. With `--processes N`
 batches are shared among processes of one thread each; `fps` is measured at the end, when they are done.
@@ -19,7 +20,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,14 +193,23 @@ def repetition(latents_CFHW: torch.Tensor) -> float:
     return float(np.mean(nearest))
 
 
-def speed(pipe: StreamVidPipeline, method: str) -> dict[str, Any]:
-    """One stream alone."""
-    stream = pipe.stream("a large red ball bounces on the sand by day", method=method, decode_pixels=False)
-    for _ in islice(stream, SPEED_WARM_UP):
-        pass
-    began = time.perf_counter()
-    frames = sum(4 * chunk.latents.shape[2] for chunk in islice(stream, SPEED_BLOCKS))
-    return {"fps": round(frames / (time.perf_counter() - began), 1), "kv_bytes": stream.cache.bytes}
+def speeds(pipe: StreamVidPipeline, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Streams of all methods in turns, a block each, so that what else the machine does slows all of them; medians."""
+    prompt = "a large red ball bounces on the sand by day"
+    streams = {name: pipe.stream(prompt, method=name, decode_pixels=False) for name in methods}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(SPEED_WARM_UP + SPEED_BLOCKS):
+        for name, stream in streams.items():
+            began = time.perf_counter()
+            frames = 4 * next(stream).latents.shape[2]
+            seconds[name].append((time.perf_counter() - began) / frames)
+    return {
+        name: {
+            "fps": round(1 / float(np.median(seconds[name][SPEED_WARM_UP:])), 1),
+            "kv_bytes": stream.cache.bytes,
+        }
+        for name, stream in streams.items()
+    }
 
 
 def summary(rows: Sequence[dict[str, float]], prompts: int | None = None) -> dict[str, Any]:
@@ -297,11 +306,12 @@ def measure(plan: Plan, processes: int = 1) -> dict[str, Any]:
     else:
         here = Worker(plan)
         batches = [here.measure(number) for number in plan.batches]
+    measured = {"model": plan.model, "methods": list(plan.methods)}
+    alone = stored(plan.folder / "speeds.json", measured, partial(speeds, here.pipe, plan.methods))
     results = []
     for method in plan.methods:
         rows = [row for batch in batches for row in batch[method]]
-        alone = plan.stored(method, "speed", partial(speed, here.pipe, method))
-        results.append({"method": method, **alone, **summary(rows, plan.prompts)})
+        results.append({"method": method, **alone[method], **summary(rows, plan.prompts)})
     return {**plan.settings, "methods": results}
 
 

@@ -21,6 +21,7 @@ from streamvid.evaluation.method_table import (
     summary,
     table,
 )
+from streamvid.evaluation.stored import write_stored
 from streamvid.models import load_pipeline, load_probe
 from streamvid.world.prompts import parse
 from streamvid.world.scene import Scene, is_held_out
@@ -114,7 +115,8 @@ def test_a_run_is_stored_piece_by_piece_and_goes_on(short, tmp_path, capsys, mon
     methods = ["--methods", "longlive_infinite", "deep_sink"]
     main([*options, "--output", str(tmp_path / "one.json"), "--methods", "longlive_infinite"])
     first = files(parts)
-    assert list(first) == [f"longlive_infinite/{part}.json" for part in ("0", "1", "speed")]
+    assert list(first) == ["longlive_infinite/0.json", "longlive_infinite/1.json", "speeds.json"]
+    del first["speeds.json"]  # of all methods, in turns
     (parts / "longlive_infinite" / "1.json").unlink()
     ran = []
     real = method_table.run
@@ -144,7 +146,9 @@ def test_processes_share_the_batches(tmp_path):
     row = {"start": 1.0, "end": 0.5}
     for number in plan.batches:
         plan.stored("longlive", str(number), lambda: [row])
-    plan.stored("longlive", "speed", lambda: {"fps": 1.0, "kv_bytes": 1})
+    speeds = {"longlive": {"fps": 1.0, "kv_bytes": 1}}
+    write_stored(tmp_path / "speeds.json", {"model": "diorama", "methods": ["longlive"]}, speeds)
     result = method_table.measure(plan, processes=2)
     assert result["methods"][0]["start"] == {"mean": 1.0, "interval": 0.0}
+    assert result["methods"][0]["fps"] == 1.0
     assert method_table.measure(plan, processes=1) == result
