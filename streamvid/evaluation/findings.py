@@ -6,7 +6,8 @@ difference from the question's first arm over prompts, with its 95% interval and
 
 Arms that are presets of the embedded model are taken from the stored table of methods (`--table`), where it has the same
 prompts and seeds. Every batch of other videos is a file, so that a run that is stopped goes on; with `--stored` nothing is
-made. Arms whose model is not trained yet are left out. `--page` writes the answers into a page, between its marks.
+made, and an arm whose files are gone is taken from an earlier `--output` with the same settings and weights. Arms whose
+model is not trained yet are left out. `--page` writes the answers into a page, between its marks.
 """
 
 from __future__ import annotations
@@ -104,22 +105,24 @@ def in_table(arm: Arm, table: Mapping[str, Any], prompts: int, seeds: Sequence[i
     return next((row for row in table["methods"] if row["method"] == method), None)
 
 
-def measure_arm(
-    arm: Arm,
-    prompts: int,
-    seeds: Sequence[int],
-    batch: int,
-    folder: Path,
-    processes: int,
-    stored_only: bool = False,
-) -> Measures | None:
-    """`method_table.summary` of an arm; None where only stored videos count and some are missing."""
-    jobs = all_jobs(prompts, seeds)
-    batches = [jobs[first : first + batch] for first in range(0, len(jobs), batch)]
+def settings_of(arm: Arm, prompts: int, seeds: Sequence[int], batch: int) -> dict[str, Any]:
+    """All that the videos of an arm depend on."""
     pipe = load_pipeline(arm.model)
     weights = fingerprint(pipe.transformer, pipe.text_encoder, pipe.vae, shipped_probe())
     known = {"prompts": prompts, "seeds": list(seeds), "batch": batch, "weights": weights}
-    known |= {"method": arm.method, "overrides": arm.overrides}
+    return known | {"method": arm.method, "overrides": arm.overrides}
+
+
+def measure_arm(
+    arm: Arm, known: Mapping[str, Any], folder: Path, processes: int, stored_only: bool = False
+) -> Measures | None:
+    """`method_table.summary` of an arm; None where only stored videos count and some are missing.
+
+    Args:
+        known: `settings_of` the arm.
+    """
+    jobs, batch = all_jobs(known["prompts"], known["seeds"]), known["batch"]
+    batches = [jobs[first : first + batch] for first in range(0, len(jobs), batch)]
     paths = [folder / arm.name.replace(" ", "_") / f"{number}.json" for number in range(len(batches))]
     found: list[Any] = [read_stored(path, known) for path in paths]
     missing = [number for number, rows in enumerate(found) if rows is None]
@@ -132,7 +135,13 @@ def measure_arm(
                 f"{arm.name}: {sum(r is not None for r in found)}/{len(batches)} batches of videos",
                 flush=True,
             )
-    return summary([row for rows in found for row in rows], prompts)
+    return summary([row for rows in found for row in rows], known["prompts"])
+
+
+def from_earlier(earlier: Sequence[Mapping[str, Any]], arm: Arm, known: Mapping[str, Any]) -> Measures | None:
+    """An arm of an earlier output, if it was made with these settings."""
+    rows = [row for row in earlier if row["name"] == arm.name and row.get("settings") == known]
+    return {**rows[0]["measures"], "by_prompt": rows[0]["by_prompt"]} if rows else None
 
 
 def answers(
@@ -250,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     arms, questions = read_questions(options.questions)
     methods = json.loads(options.table.read_text()) if options.table.is_file() else {}
+    earlier = json.loads(options.output.read_text())["arms"] if options.output.is_file() else []
     options.output.parent.mkdir(parents=True, exist_ok=True)
     seeds = " ".join(map(str, options.seeds))
     command = f"python -m streamvid.evaluation.findings --prompts {options.prompts} --seeds {seeds}"
@@ -262,24 +272,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     measured: dict[str, Mapping[str, Sequence[float]]] = {}
     for arm in arms:
-        found = in_table(arm, methods, options.prompts, options.seeds)
+        found, made = in_table(arm, methods, options.prompts, options.seeds), {}
         if found is None and is_there(arm.model):
             prompts = min(arm.prompts or options.prompts, options.prompts)
-            settings = (
-                prompts,
-                options.seeds,
-                options.batch,
-                options.parts,
-                options.processes,
-                options.stored,
-            )
-            found = measure_arm(arm, *settings)
+            known = settings_of(arm, prompts, options.seeds, options.batch)
+            found = measure_arm(arm, known, options.parts, options.processes, options.stored)
+            if found is None:
+                found = from_earlier(earlier, arm, known)
+            if found is not None:
+                made = {"settings": known, "by_prompt": found["by_prompt"]}
         if found is None:
             print(f"{arm.name}: not there yet, left out", flush=True)
             continue
         measured[arm.name] = found["by_prompt"]
         means = {name: found[name] for name in COLUMNS}
-        result["arms"].append({"name": arm.name, "model": arm.model, "measures": means})
+        result["arms"].append({"name": arm.name, "model": arm.model, "measures": means, **made})
         result["questions"] = answers(questions, measured)
         with replace_atomically(options.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """The field's questions, with arms of known behaviour."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_the_shipped_questions_name_methods_that_exist():
     arms, questions = read_questions(ROOT / "configs" / "stages" / "diorama_findings.yaml")
     for arm in arms:
         load_method(arm.method or "longlive_infinite", arm.overrides)
-    assert model_method("diorama") == "longlive_infinite" and len(questions) == 12
+    assert model_method("diorama") == "longlive_infinite" and len(questions) == 17
     assert {name for question in questions for name in question.arms} == {arm.name for arm in arms}
     assert all(arm.needs for arm in arms if arm.model.startswith("runs/"))
     text = (ROOT / "docs" / "findings.md").read_text()
@@ -132,7 +133,7 @@ def test_a_table_of_something_else_is_not_taken(changes, quick):
     assert "plain" in calls
 
 
-def test_with_stored_nothing_is_made_and_what_is_missing_is_named(quick):
+def test_with_stored_nothing_is_made_and_what_is_missing_is_named(quick, monkeypatch):
     calls, ask, folder = quick
     stored = partial(ask.func, [*ask.args[0], "--stored"])
     (folder / "table.json").write_text(json.dumps(table_of()))
@@ -144,6 +145,14 @@ def test_with_stored_nothing_is_made_and_what_is_missing_is_named(quick):
     stored()
     found = json.loads((folder / "findings.json").read_text())
     assert len(calls) == made and found["questions"][0]["missing"] == []
+    shutil.rmtree(folder / "parts")  # what they said stands in the answers
+    stored()
+    again = json.loads((folder / "findings.json").read_text())
+    assert len(calls) == made and again == found
+    monkeypatch.setattr(findings, "fingerprint", lambda *modules: "other weights")
+    stored()
+    found = json.loads((folder / "findings.json").read_text())
+    assert len(calls) == made and found["questions"][0]["missing"] == ["no sink"]
 
 
 def test_an_arm_of_fewer_prompts_is_compared_on_these(quick):
