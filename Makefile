@@ -39,9 +39,9 @@ lint: .venv/installed-dev
 	$(INSTALL) --no-deps --upgrade --target $@ torchvision
 
 test: lint browser .venv/torchvision
-	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --ignore tests/app
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder --ignore tests/app
 	@# In real time: alone, and again where a bound failed that other work on the machine can break.
-	$(BIN)/pytest tests/app --reruns 2
+	$(BIN)/pytest tests/app --reruns 2 -rR
 
 # Pages are tested in a real browser: the distribution's, where there is none yet.
 browser:

@@ -15,3 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # a loaded machine must not fail a test for its speed
 settings.register_profile("suite", deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items):
+    """Trainings first: they are the longest files, and no core should wait for the last of them."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
