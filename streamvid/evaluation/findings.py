@@ -25,10 +25,10 @@ import yaml
 
 from streamvid.errors import UserError
 from streamvid.evaluation.adherence import in_processes, shipped_probe
-from streamvid.evaluation.method_table import COLUMNS, Job, Openings, all_jobs, run, summary
+from streamvid.evaluation.method_table import COLUMNS, Job, Openings, all_jobs, run, summary, weights_of
 from streamvid.evaluation.stage_table import gain, is_there
 from streamvid.evaluation.stats import holm
-from streamvid.evaluation.stored import fingerprint, read_stored, write_stored
+from streamvid.evaluation.stored import read_stored, write_stored
 from streamvid.io.files import replace_atomically
 from streamvid.models import load_pipeline, model_method
 from streamvid.training.model_stage import options as read_options
@@ -107,9 +107,7 @@ def in_table(arm: Arm, table: Mapping[str, Any], prompts: int, seeds: Sequence[i
 
 def settings_of(arm: Arm, prompts: int, seeds: Sequence[int], batch: int) -> dict[str, Any]:
     """All that the videos of an arm depend on."""
-    pipe = load_pipeline(arm.model)
-    weights = fingerprint(pipe.transformer, pipe.text_encoder, pipe.vae, shipped_probe())
-    known = {"prompts": prompts, "seeds": list(seeds), "batch": batch, "weights": weights}
+    known = {"prompts": prompts, "seeds": list(seeds), "batch": batch, "weights": weights_of(arm.model)}
     return known | {"method": arm.method, "overrides": arm.overrides}
 
 

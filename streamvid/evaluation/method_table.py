@@ -29,7 +29,7 @@ import torch
 
 from streamvid.decoding import decode, decoder_state
 from streamvid.evaluation.curves import look
-from streamvid.evaluation.stored import stored
+from streamvid.evaluation.stored import fingerprint, stored
 from streamvid.io.files import replace_atomically
 from streamvid.methods import load_method, method_names
 from streamvid.models import DEFAULT_MODEL, load_pipeline, load_probe
@@ -238,6 +238,7 @@ class Plan(NamedTuple):
     seeds: tuple[int, ...]
     batch: int
     folder: Path
+    weights: str  # `weights_of` the model
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -253,7 +254,16 @@ class Plan(NamedTuple):
 
     def stored(self, method: str, part: str, make: Callable[[], Any]) -> Any:
         """What `make()` gives, from its file where that is there already."""
-        return stored(self.folder / method / f"{part}.json", {**self.settings, "batch": self.batch}, make)
+        known = {**self.settings, "batch": self.batch, "weights": self.weights}
+        return stored(self.folder / method / f"{part}.json", known, make)
+
+
+def weights_of(model: str) -> str:
+    """Fingerprint of all that makes and judges a model's videos."""
+    pipe = load_pipeline(model)
+    probe = load_probe(model) or load_probe(DEFAULT_MODEL)
+    assert probe is not None
+    return fingerprint(pipe.transformer, pipe.text_encoder, pipe.vae, probe)
 
 
 class Worker:
@@ -353,6 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tuple(options.seeds),
         options.batch,
         Path(options.parts),
+        weights_of(options.model),
     )
     result = measure(plan, options.processes)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)

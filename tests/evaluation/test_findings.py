@@ -58,13 +58,8 @@ def quick(monkeypatch, tmp_path):
 
         return rows
 
-    class Pipe:
-        transformer = text_encoder = vae = None
-
     monkeypatch.setattr(findings, "rows_of", rows_of)
-    monkeypatch.setattr(findings, "load_pipeline", lambda model: Pipe)
-    monkeypatch.setattr(findings, "shipped_probe", lambda: None)
-    monkeypatch.setattr(findings, "fingerprint", lambda *modules: "weights")
+    monkeypatch.setattr(findings, "weights_of", lambda model: "weights")
     (tmp_path / "questions.yaml").write_text(FILE)
     arguments = [str(tmp_path / "questions.yaml"), "--prompts", "8", "--seeds", "0", "1", "--batch", "5"]
     arguments += ["--parts", str(tmp_path / "parts"), "--output", str(tmp_path / "findings.json")]
@@ -149,7 +144,7 @@ def test_with_stored_nothing_is_made_and_what_is_missing_is_named(quick, monkeyp
     stored()
     again = json.loads((folder / "findings.json").read_text())
     assert len(calls) == made and again == found
-    monkeypatch.setattr(findings, "fingerprint", lambda *modules: "other weights")
+    monkeypatch.setattr(findings, "weights_of", lambda model: "other weights")
     stored()
     found = json.loads((folder / "findings.json").read_text())
     assert len(calls) == made and found["questions"][0]["missing"] == ["no sink"]

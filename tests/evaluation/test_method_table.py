@@ -138,11 +138,15 @@ def test_a_run_is_stored_piece_by_piece_and_goes_on(short, tmp_path, capsys, mon
     options[3] = "1"  # another seed: other settings are run again
     main([*options[:1], "1", *options[2:], "--output", str(tmp_path / "three.json"), *methods[:2]])
     assert [name for name, _ in ran] == ["longlive_infinite"]
+    ran.clear()
+    monkeypatch.setattr(method_table, "weights_of", lambda model: "trained on")  # and those of other weights
+    main([*options[:1], "1", *options[2:], "--output", str(tmp_path / "three.json"), *methods[:2]])
+    assert [name for name, _ in ran] == ["longlive_infinite"]
 
 
 def test_processes_share_the_batches(tmp_path):
     """Two processes make the files that one makes (the videos here are whole minutes: none is run)."""
-    plan = method_table.Plan("diorama", ("longlive",), 2, (0,), 1, tmp_path)
+    plan = method_table.Plan("diorama", ("longlive",), 2, (0,), 1, tmp_path, "weights")
     row = {"start": 1.0, "end": 0.5}
     for number in plan.batches:
         plan.stored("longlive", str(number), lambda: [row])
