@@ -40,8 +40,7 @@ lint: .venv/installed-dev
 
 test: lint browser .venv/torchvision
 	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder --ignore tests/app
-	@# In real time: alone, and again where a bound failed that other work on the machine can break.
-	$(BIN)/pytest tests/app --reruns 2 -rR
+	$(BIN)/pytest tests/app -rR  # in real time: alone
 
 # Pages are tested in a real browser: the distribution's, where there is none yet.
 browser:
