@@ -5,18 +5,22 @@
 All on one thread, in CPU seconds of that thread (so that a busy machine disturbs little), in turns, medians.
 Decoding: a plain `vae.decode` (diffusers, as loaded), streamvid.decoding, and a tiny decoder if one is given with its PSNR.
 Denoising: benchmarks.naive, which does what the releases do, with the weights as loaded; a stream with separate context
-passes; a stream as it is; with `--compile` one whose blocks are compiled, after the seconds that this takes.
+passes; a stream as it is; one without `torch.inference_mode` around its forwards; with `--compile` one whose blocks are
+compiled, after the seconds that this takes. A profile tells where the time of a stream as it is goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from streamvid.bench import PROMPT, write_record
 from streamvid.checkpoints import load_transformer, load_vae
@@ -32,6 +36,10 @@ from streamvid.training.vae_stage import reconstruction_quality
 from .naive import naive_blocks
 
 WARM_UP = 6
+KINDS = {
+    "products": ("aten::addmm", "aten::mm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+}
 
 
 def milliseconds(seconds: dict[str, float]) -> dict[str, float]:
@@ -86,6 +94,7 @@ def denoising(pipe, folder: Path, rounds: int, compiled: bool) -> dict[str, Any]
     loops: dict[str, Any] = {
         "separate": pipe.stream(PROMPT, context_pass="separate", **options),
         "stream": pipe.stream(PROMPT, **options),
+        "no_inference_mode": pipe.stream(PROMPT, **options),
     }
     plain = another_pipeline()
     with torch.no_grad():
@@ -101,13 +110,32 @@ def denoising(pipe, folder: Path, rounds: int, compiled: bool) -> dict[str, Any]
         for _ in range(WARM_UP):
             next(loop)
         seconds[name] = time.perf_counter() - began
-    routes = {name: partial(next, loop) for name, loop in loops.items()}
+    routes: dict[str, Any] = {name: partial(next, loop) for name, loop in loops.items()}
+    routes["no_inference_mode"] = mock.patch.object(torch, "inference_mode", nullcontext)(
+        routes["no_inference_mode"]
+    )
     result: dict[str, Any] = milliseconds(in_turns(routes, rounds))
     for name in sorted(loops.keys() - {"naive"}):
         result[f"{name}_faster_than_naive"] = round(result["naive"] / result[name], 3)
     if compiled:
         result["compilation_s"] = round(seconds["compiled"] - seconds["stream"], 1)
     return result
+
+
+def profiled(pipe, blocks: int) -> dict[str, float]:
+    """Milliseconds of CPU per block by what they are for, and operations, by PyTorch's profiler."""
+    stream = pipe.stream(PROMPT, method=load_method("longlive"), decode_pixels=False)
+    for _ in range(WARM_UP):
+        next(stream)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(blocks):
+            next(stream)
+    found = dict.fromkeys((*KINDS, "other", "operations"), 0.0)
+    for row in seen.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if row.key in names), "other")
+        found[kind] += row.self_cpu_time_total / 1000 / blocks
+        found["operations"] += row.count / blocks
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def main() -> None:
@@ -134,6 +162,7 @@ def main() -> None:
         "machine": machine(torch.device("cpu")),
         "decoding_ms_per_block": decoding(pipe, plain_vae, tiny, options.rounds),
         "denoising_ms_per_block": denoising(pipe, folder, options.rounds, options.compile),
+        "profile_ms_per_block": profiled(pipe, options.rounds),
     }
     write_record(result, options.output)
 

@@ -323,12 +323,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
                 self.attention_name,
             )
         predict = (hidden_states, timestep, prompt_kv, context, known_frames)
-        if (
-            torch.is_grad_enabled() or hidden_states.is_meta
-        ):  # where costs are counted, calls come in their parts
+        # on the meta device costs are counted, for which calls have to come in their parts
+        if torch.is_grad_enabled() or hidden_states.is_meta:
             sample = self._predict(*predict)
         else:
-            # nothing notes down versions and views of tensors: 7% less time per block of the embedded model on a CPU
+            # nothing notes down versions and views of tensors (benchmarks.parts)
             with torch.inference_mode():
                 sample = self._predict(*predict)
             sample = sample.clone()  # a tensor like any other

@@ -41,6 +41,28 @@ def test_a_timestep_per_frame_is_one_for_all_where_they_agree(model):
     assert torch.equal(shared, each)
 
 
+def test_without_gradient_it_runs_in_inference_mode_and_gives_plain_tensors():
+    """The numbers of a forward with gradient; what comes out may be written to and learnt from."""
+    model = tiny.transformer().requires_grad_(True)
+    latents, timestep, rows = tiny.clip(0, FRAMES), torch.tensor([700.0]), tiny.text(1, 1)
+    modes = []
+
+    class Watching(FullAttention):
+        def attend(self, *args):
+            modes.append(torch.is_inference_mode_enabled())
+            return super().attend(*args)
+
+    context = Watching(FRAMES, *tiny.GRID, 12, "cpu")
+    learnt = model(latents, timestep, rows, context=context).sample
+    assert learnt.requires_grad and not any(modes)
+    modes.clear()
+    with torch.no_grad():
+        plain = model(latents, timestep, rows, context=context).sample
+    assert modes and all(modes) and not plain.is_inference()
+    assert torch.equal(plain, learnt)
+    (plain.mul_(2) * torch.ones(1, requires_grad=True)).sum().backward()
+
+
 class Alone:
     """Every frame attends itself only."""
 
