@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from streamvid.allocator import keep_freed_memory
 from streamvid.commands import (
     app,
     bench,
@@ -39,6 +40,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 done, 1 failed check, 2 user mistake, 130 interrupted)."""
     _quiet_torchao()
+    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
         try:

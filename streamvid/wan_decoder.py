@@ -69,8 +69,8 @@ def last_stage(decoder: WanDecoder3d, x_BCTHW: torch.Tensor, features: list, use
 
 def _norm_silu(norm: Any, x_BCTHW: torch.Tensor) -> torch.Tensor:
     """SiLU of the channels over their root mean square."""
-    length = torch.linalg.vector_norm(x_BCTHW, dim=1, keepdim=True, dtype=torch.float32)
-    y = x_BCTHW * length.clamp_min_(1e-12).reciprocal_().to(x_BCTHW.dtype)
+    length = torch.linalg.vector_norm(x_BCTHW, dim=1, keepdim=True)
+    y = x_BCTHW * length.clamp_min_(1e-12).reciprocal_()
     return F.silu(y.mul_(norm.gamma * norm.scale))  # not in place, which takes twice as long on a CPU
 
 
