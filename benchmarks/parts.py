@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from streamvid.allocator import keep_freed_memory
 from streamvid.bench import PROMPT, write_record
 from streamvid.checkpoints import load_transformer, load_vae
 from streamvid.decoding import decode_to_bytes, decoder_state, latent_statistics
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/parts.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every command
     pipe = load_pipeline(options.model)
     folder = Path(resolve_model(options.model))
     plain_vae = load_vae(folder, dtype=pipe.vae.dtype)
