@@ -12,12 +12,12 @@ import sys
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # parameters of glibc's mallopt
 OWN_MAPPING = 32 << 20  # bytes from which an allocation is a mapping of its own: the most that glibc takes
-KEPT = 64 << 20  # bytes that may stay free at the end of a heap
+KEPT = 32 << 20  # bytes that may stay free at the end of a heap
 CHOSEN_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 64 MB of freed memory per heap; for programs, not for libraries.
+    """Let this process keep up to 32 MB of freed memory per heap; for programs, not for libraries.
 
     Returns whether it will: not with another C library or allocator, nor where the environment says what to keep.
     """
