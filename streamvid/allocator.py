@@ -1,7 +1,7 @@
 """What the C library does with freed memory.
 
 glibc gives it back to the system whenever some megabytes at the end of the heap are free. A stream's tensors are of that
-size: every block's memory came back page by page, 7,000 faults that took a tenth of the block's time.
+size: every block's memory comes back page by page, by thousands of faults (tests/test_allocator.py).
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamvid.allocator import keep_freed_memory
 from streamvid.commands.common import parse_assignments
 from streamvid.decoding import decode, decoder_state, encode, encoder_state
 from streamvid.evaluation.stored import fingerprint, read_stored, stored, write_stored
@@ -223,7 +222,6 @@ def in_processes(count: int, make: Callable[[], Callable[[Any], Any]]) -> Iterat
 
 def _load(make: Callable[[], Callable[[Any], Any]]) -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()
     _worker.append(make())
 
 

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from streamvid.allocator import keep_freed_memory
 from streamvid.decoding import decode, decoder_state
 from streamvid.evaluation.curves import look
 from streamvid.evaluation.stored import fingerprint, stored
@@ -300,7 +299,6 @@ _worker: Worker | None = None  # of a process
 def _load(plan: Plan) -> None:
     global _worker
     torch.set_num_threads(1)
-    keep_freed_memory()
     _worker = Worker(plan)
 
 

@@ -17,7 +17,6 @@ from diffusers import AutoencoderKLWan
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from streamvid.allocator import keep_freed_memory
 from streamvid.decoding import channels_last, encode, encoder_state
 from streamvid.errors import UserError
 from streamvid.training.vae_stage import to_pixels
@@ -107,7 +106,6 @@ def _encode_some(
     vae_path: str, output: str, todo: list[tuple[str, int]], count: int, seed: int, late_share: float
 ) -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()
     vae = channels_last(AutoencoderKLWan.from_pretrained(vae_path, dtype=torch.bfloat16))
     began = time.monotonic()
     for done, (kind, index) in enumerate(todo, 1):

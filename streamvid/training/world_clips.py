@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
-from streamvid.allocator import keep_freed_memory
 from streamvid.decoding import channels_last
 from streamvid.errors import UserError
 from streamvid.io.files import replace_atomically
@@ -95,7 +94,6 @@ def make_world_clips(
 def _encode_shard(job: tuple) -> Encoded:
     vae_folder, kind, number, count, frames, ratio, switch_share, seed = job
     torch.set_num_threads(1)
-    keep_freed_memory()
     vae = channels_last(AutoencoderKLWan.from_pretrained(vae_folder, dtype=torch.bfloat16))
     rng = np.random.default_rng([seed, number, (STARTS, LATER).index(kind)])
     latents, weights, prompts = [], [], []

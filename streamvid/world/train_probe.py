@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from streamvid.allocator import keep_freed_memory
 from streamvid.training.optimizers import build_optimizers
 from streamvid.world.probe import STRIDE, WINDOW_FRAMES, AttributeProbe
 from streamvid.world.render import FADE_FRAMES, render_frame
@@ -125,7 +124,6 @@ def train_probe(
     line per progress report.
     """
     torch.set_num_threads(1)
-    keep_freed_memory()
     cv2.setNumThreads(1)
     torch.manual_seed(seed)
     out = Path(out)
