@@ -175,6 +175,17 @@ def test_all_parts_run_in_one_number_format(dtype, model):
     assert len(next(pipe.stream("a red fox walks")).frames) == 9
 
 
+def test_the_shipped_model_makes_the_same_video_in_bfloat16():
+    """A library that computes something else on some CPU would show."""
+    latents, pixels = [], []
+    for dtype in ("float32", "bfloat16"):
+        chunks = list(load_pipeline("diorama", "cpu", dtype).stream("a blue ball circles", seed=1, blocks=3))
+        latents.append(torch.cat([chunk.latents for chunk in chunks], 2).float())
+        pixels.append(torch.cat([torch.from_numpy(chunk.videos) for chunk in chunks], 1).float())
+    assert (latents[1] - latents[0]).norm() < 0.05 * latents[0].norm()
+    assert (pixels[1] - pixels[0]).abs().mean() < 3  # of 255
+
+
 def test_loading_says_nothing_and_leaves_the_loggers_alone(model, capfd):
     diffusers_logging.set_verbosity_info()
     try:

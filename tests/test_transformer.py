@@ -7,7 +7,7 @@ import tiny
 import torch
 from diffusers import WanTransformer3DModel
 
-from streamvid.transformer import CausalWanTransformer3DModel, FullAttention, WanRMSNorm
+from streamvid.transformer import CausalWanTransformer3DModel, FullAttention, PatchEmbedding, WanRMSNorm
 
 FRAMES = 3
 
@@ -31,6 +31,21 @@ def test_without_a_context_it_is_diffusers_wan(cross_attn_norm):
     torch.testing.assert_close(
         ours(latents, timestep, rows).sample, theirs(latents, timestep, rows).sample, atol=2e-5, rtol=1e-5
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [(1, 2, 2), (1, 4, 4), (2, 2, 4)])
+@pytest.mark.parametrize("channels", [16, 36])
+def test_patches_are_embedded_as_by_the_convolution(patch, channels):
+    """And no number format computes something else on this machine: the convolution does, of some shapes on some CPUs."""
+    embedding = PatchEmbedding(channels, 24, kernel_size=patch, stride=patch)
+    x = tiny.normal(0, 2, channels, 4, 8, 12)
+    expected = torch.nn.functional.conv3d(x, embedding.weight, embedding.bias, stride=patch)
+    torch.testing.assert_close(embedding(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embedding.bfloat16()(x.bfloat16()).float(), expected, atol=0.05, rtol=0.05)
+    for laid_out in (torch.channels_last_3d, torch.contiguous_format):
+        other = embedding.to(memory_format=laid_out)(x.bfloat16().contiguous(memory_format=laid_out))
+        torch.testing.assert_close(other.float(), expected, atol=0.05, rtol=0.05)
 
 
 @torch.no_grad()
