@@ -11,6 +11,7 @@ import numpy as np
 
 from streamvid.evaluation import diversity, liveliness
 from streamvid.evaluation.stats import paired
+from streamvid.evaluation.stored import of_other_weights
 from streamvid.world.scene import ATTRIBUTES
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -42,8 +43,10 @@ def motion_lines() -> str:
             lines += [
                 "",
                 f"{title}: {result['prompts']} held-out prompts, seed {seeds} (`{result['command']}`):",
+                "",
+                *of_other_weights(result, result["model"]),
+                liveliness.table(result),
             ]
-            lines += ["", liveliness.table(result)]
     return "\n".join(lines)
 
 
@@ -60,8 +63,9 @@ def diversity_lines() -> str:
             f"sceneries that went through the VAE, whose scenery is read right in {control['read_right']:.3f}; `between two "
             "places`: a quarter of the way or more from one place to another, as a picture of both is (such renders: "
             f"{max(row['between']['mean'] for row in control['variables'].values()):.2f}). Position is `subject_x`; the "
-            "phase of a motion has one place in this world.",
+            "phase of a motion is no difference where nothing moves, or where a ring rolls.",
             "",
+            *of_other_weights(result, result["model_name"]),
             diversity.table(result),
             "",
             f"The pictures of two seeds differ by {spread['mean']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}] of what "
@@ -116,7 +120,7 @@ def bars() -> list[Bar]:
     if result:
         rows = result["model"]["variables"]
         for name, row in rows.items():
-            of = f"{result['prompts']} prompts x {result['seeds']} seeds"
+            of = f"{row['prompts']} prompts x {result['seeds']} seeds"
             shares = [row["differs"][bound] / row["expected"] for bound in ("mean", "low", "high")]
             found.append(Bar(f"{name} over seeds, of drawn sceneries: 0.9 to 1.1", *shares, of, 0.9, 1.1))
     return found

@@ -22,6 +22,7 @@ import torch
 
 from streamvid.decoding import decode, decoder_state
 from streamvid.evaluation.method_table import WARM_UP, WINDOW, cases
+from streamvid.evaluation.stored import release_of
 from streamvid.io.files import replace_atomically
 from streamvid.io.manifest import environment
 from streamvid.kv_storage import KV_DTYPES
@@ -93,6 +94,7 @@ def measure(model: str, prompts: int, blocks: int, method: str | None = None) ->
     return {
         "command": f"python -m benchmarks.kv_dtype --prompts {prompts} --blocks {blocks}",
         "model": model,
+        "release": release_of(model),
         "method": method,
         "prompts": prompts,
         "seconds": blocks * load_method(method).frames_per_block * pipe.temporal_ratio / pipe.config.fps,

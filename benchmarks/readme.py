@@ -15,6 +15,7 @@ from benchmarks import diorama_pages, evaluation_pages, kv_dtype
 from benchmarks.claims import claims_table, leaders_table, own_table
 from streamvid.evaluation import findings, method_table
 from streamvid.evaluation.adherence import table
+from streamvid.evaluation.stored import of_other_weights
 
 ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "benchmarks/results/end_to_end.json"
@@ -217,6 +218,7 @@ def quality_lines() -> str:
             "through the VAE, the ceiling; `start`: seconds 3 to 5; `minute`: the last 4 s of 60; `switch`: 2.5 to 4.5 s "
             "after a change of prompt.",
             "",
+            *of_other_weights(result, result["model"]),
             table(result),
             "",
             f"After a switch, changed attributes are right in {switch['changed']['accuracy']:.3f} of "
@@ -249,6 +251,7 @@ def method_lines() -> str:
             "(`python -m streamvid.evaluation.method_table --prompts "
             f"{result['prompts']} --seeds {' '.join(map(str, result['seeds']))} --output docs/method_table.json`):",
             "",
+            *of_other_weights(result, result["model"]),
             method_table.table(result),
             "",
             "What was published of a method, and what this table says of it (`benchmarks/claims.py`; the interval of a "
@@ -317,9 +320,14 @@ def studio_lines() -> str:
 def storage_lines() -> str:
     """What smaller keys and values cost, as measured by `benchmarks.kv_dtype`."""
     result = json.loads(STORAGE.read_text())
-    return (
-        f"{result['model']}, `{result['method']}`, {result['prompts']} prompts (`{result['command']} --output "
-        f"{STORAGE.relative_to(ROOT)}`):\n\n{kv_dtype.table(result)}"
+    return "\n".join(
+        [
+            f"{result['model']}, `{result['method']}`, {result['prompts']} prompts (`{result['command']} --output "
+            f"{STORAGE.relative_to(ROOT)}`):",
+            "",
+            *of_other_weights(result, result["model"]),
+            kv_dtype.table(result),
+        ]
     )
 
 

@@ -33,7 +33,7 @@ import torch
 
 from streamvid.commands.common import parse_assignments
 from streamvid.decoding import decode, decoder_state, encode, encoder_state
-from streamvid.evaluation.stored import fingerprint, read_stored, stored, write_stored
+from streamvid.evaluation.stored import fingerprint, read_stored, release_of, stored, write_stored
 from streamvid.io.contact_sheet import ContactSheet, Thumbnail
 from streamvid.io.files import replace_atomically
 from streamvid.models import load_pipeline, resolve_model
@@ -394,7 +394,7 @@ def main() -> None:
             first=options.first,
             **extra,
         )
-    result = {"model": options.model, **measured}
+    result = {"model": options.model, "release": release_of(options.model), **measured}
     if options.contact_sheet:
         contact_sheet(pipe, options.contact_sheet, prompts=min(12, options.prompts), seeds=options.seeds)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """What seeds change in the embedded model's videos: `python -m streamvid.evaluation.diversity`.
 
-No prompt names the scenery: where the subject stands, hills, clouds, sun (streamvid.world.scene.SCENERY). It takes few
-places, so a video's scenery can be read off: it is that of the render of the same scene that comes closest to the video in
-the first block, before anything has moved far. Over many seeds of a prompt the measures are
+No prompt names the scenery: where the subject stands, hills, clouds, sun, the phase of the motion
+(streamvid.world.scene.SCENERY). It takes few places, so a video's scenery can be read off: it is that of the render of the
+same scene that comes closest to the video in the first block. A variable counts where renders show it: what stands still has
+no phase. Over many seeds of a prompt the measures are
 
 - `differs`: how often two seeds differ in a variable. Scenery that is drawn as worlds are rendered, each of its k places
   alike, differs with probability 1 - 1/k; a model that gives all seeds one picture has 0;
@@ -31,7 +32,7 @@ from streamvid.decoding import decode_to_bytes, decoder_state, encode, encoder_s
 from streamvid.evaluation.adherence import in_processes
 from streamvid.evaluation.liveliness import questions
 from streamvid.evaluation.stats import interval
-from streamvid.evaluation.stored import fingerprint, read_stored, write_stored
+from streamvid.evaluation.stored import fingerprint, read_stored, release_of, write_stored
 from streamvid.io.files import replace_atomically
 from streamvid.models import load_pipeline
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -40,7 +41,8 @@ from streamvid.world.render import render_clip, render_frame
 from streamvid.world.scene import SCENERY, Scene, Scenery
 
 FRAMES = 9  # pixel frames of the first block
-LOOKED_AT = (4, 8)  # of them
+LOOKED_AT = (0, 4, 8)  # of them
+SHOWN = 1.0  # root mean square difference of two renders (of 255), below which they show no difference
 BETWEEN = 0.25  # of the way from one place to another
 VARIABLES = tuple(name for name, places in SCENERY.items() if len(places) > 1)
 CELLS = tuple(product(*(range(len(places)) for places in SCENERY.values())))  # every scenery of the world
@@ -62,6 +64,25 @@ def renders(scene: Scene) -> np.ndarray:
     return np.array(clips, np.float32)
 
 
+def _others(cells: tuple[int, ...], variable: str) -> list[int]:
+    """Numbers of the sceneries that differ from one in that variable alone."""
+    axis = tuple(SCENERY).index(variable)
+    places = range(len(SCENERY[variable]))
+    return [
+        CELLS.index((*cells[:axis], place, *cells[axis + 1 :])) for place in places if place != cells[axis]
+    ]
+
+
+def shown_by(rendered: np.ndarray) -> list[str]:
+    """The variables whose every change is seen in the renders of a scene."""
+    found = []
+    for variable in VARIABLES:
+        pairs = [(number, other) for number, cells in enumerate(CELLS) for other in _others(cells, variable)]
+        if min(_distance(rendered[list(pair)]) for pair in pairs) > SHOWN:
+            found.append(variable)
+    return found
+
+
 def _looked_at(frames_THWC: np.ndarray) -> np.ndarray:
     return frames_THWC[list(LOOKED_AT)].astype(np.float32)
 
@@ -75,22 +96,18 @@ def read(picture: np.ndarray, rendered: np.ndarray) -> Reading:
     best = int(((rendered - picture) ** 2).mean((1, 2, 3, 4)).argmin())
     ways = []
     for variable in VARIABLES:
-        axis = tuple(SCENERY).index(variable)
-        lines = [
-            rendered[number] - rendered[best]
-            for number, cells in enumerate(CELLS)
-            if cells[axis] != CELLS[best][axis]
-            and cells[:axis] + cells[axis + 1 :] == CELLS[best][:axis] + CELLS[best][axis + 1 :]
-        ]
+        lines = [rendered[number] - rendered[best] for number in _others(CELLS[best], variable)]
         beyond = picture - rendered[best]
         ways.append(max(float((beyond * line).sum() / max((line**2).sum(), 1e-6)) for line in lines))
     return CELLS[best], ways
 
 
 def of_prompt(pictures: np.ndarray, rendered: np.ndarray) -> dict[str, Any]:
-    """Of the pictures of a prompt's seeds, `[seeds, frames, H, W, 3]`: scenery, ways, spread over that of all renders."""
+    """Of the pictures of a prompt's seeds, `[seeds, frames, H, W, 3]`: scenery, ways, spread over that of all renders, and
+    which variables the scene shows."""
     readings = [read(picture, rendered) for picture in pictures]
     return {
+        "shown": shown_by(rendered),
         "cells": [list(cells) for cells, _ in readings],
         "ways": [ways for _, ways in readings],
         "spread": _distance(pictures) / max(_distance_of_drawn(rendered), 1e-6),
@@ -158,7 +175,7 @@ def differs(cells: Sequence[Sequence[int]], variable: str) -> float:
 
 
 def summary(prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over prompts of `of_prompt`, with 95% intervals."""
+    """Means over prompts of `of_prompt`, with 95% intervals; of a variable, over the prompts that show it."""
 
     def told(values: Sequence[float]) -> dict[str, float]:
         bounds = interval(np.array(values))
@@ -167,17 +184,26 @@ def summary(prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"variables": {}, "spread": told([prompt["spread"] for prompt in prompts])}
     for place, variable in enumerate(VARIABLES):
+        showing = [prompt for prompt in prompts if variable in prompt["shown"]]
+        if not showing:
+            continue
+        between = [float(np.mean([ways[place] > BETWEEN for ways in p["ways"]])) for p in showing]
         found["variables"][variable] = {
-            "differs": told([differs(prompt["cells"], variable) for prompt in prompts]),
+            "prompts": len(showing),
+            "differs": told([differs(prompt["cells"], variable) for prompt in showing]),
             "expected": round(expected(variable), 4),
-            "between": told(
-                [float(np.mean([ways[place] > BETWEEN for ways in prompt["ways"]])) for prompt in prompts]
-            ),
+            "between": told(between),
         }
     if all("drawn" in prompt for prompt in prompts):
-        pairs = [pair for p in prompts for pair in zip(p["cells"], p["drawn"], strict=True)]
-        found["read_right"] = round(float(np.mean([list(read) == list(drawn) for read, drawn in pairs])), 4)
+        found["read_right"] = round(float(np.mean([right for p in prompts for right in _read_right(p)])), 4)
     return found
+
+
+def _read_right(prompt: Mapping[str, Any]) -> list[bool]:
+    """Of renders in drawn sceneries: whether all that they show was read as it was drawn."""
+    columns = [tuple(SCENERY).index(variable) for variable in prompt["shown"]]
+    pairs = zip(prompt["cells"], prompt["drawn"], strict=True)
+    return [all(read[c] == drawn[c] for c in columns) for read, drawn in pairs]
 
 
 def measure(
@@ -206,17 +232,15 @@ def measure(
 def table(result: Mapping[str, Any]) -> str:
     """The measurement as a Markdown table."""
     lines = [
-        "| | two seeds differ | drawn sceneries | renders, read | between two places |",
-        "|---" * 5 + "|",
+        "| | prompts that show it | two seeds differ | drawn sceneries | renders, read | between two places |",
+        "|---" * 6 + "|",
     ]
     control = result.get("control", {"variables": {}})["variables"]
     for name, row in result["model"]["variables"].items():
         seen, between = row["differs"], row["between"]["mean"]
         read = f"{control[name]['differs']['mean']:.2f}" if name in control else ""
-        lines.append(
-            f"| {name} | {seen['mean']:.2f} [{seen['low']:.2f}, {seen['high']:.2f}] | {row['expected']:.2f} | {read} | "
-            f"{between:.2f} |"
-        )
+        chances = f"{seen['mean']:.2f} [{seen['low']:.2f}, {seen['high']:.2f}] | {row['expected']:.2f}"
+        lines.append(f"| {name} | {row['prompts']} | {chances} | {read} | {between:.2f} |")
     return "\n".join(lines)
 
 
@@ -244,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"--controls {controls}"
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    written = {"command": command, **result, "model_name": options.model}
+    about = {"model_name": options.model, "release": release_of(options.model)}
+    written = {"command": command, **result, **about}
     with replace_atomically(options.output) as temporary:
         temporary.write_text(json.dumps(written, indent=1) + "\n")
     print(table(result))

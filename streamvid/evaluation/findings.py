@@ -28,9 +28,9 @@ from streamvid.evaluation.adherence import in_processes, shipped_probe
 from streamvid.evaluation.method_table import COLUMNS, Job, Openings, all_jobs, run, summary, weights_of
 from streamvid.evaluation.stage_table import gain, is_there
 from streamvid.evaluation.stats import holm
-from streamvid.evaluation.stored import read_stored, write_stored
+from streamvid.evaluation.stored import of_other_weights, read_stored, release_of, write_stored
 from streamvid.io.files import replace_atomically
-from streamvid.models import load_pipeline, model_method
+from streamvid.models import DEFAULT_MODEL, load_pipeline, model_method
 from streamvid.training.model_stage import options as read_options
 
 Measures = Mapping[str, Any]  # as `method_table.summary` has them
@@ -174,6 +174,7 @@ def page_lines(result: Mapping[str, Any]) -> list[str]:
     """The answers as Markdown."""
     arms = {arm["name"]: arm for arm in result["arms"]}
     lines = [f"{result['prompts']} held-out prompts, seeds {result['seeds']} (`{result['command']}`).", ""]
+    lines += of_other_weights(result, DEFAULT_MODEL)
     for answer in result["questions"]:
         lines += [f"### {answer['ask']}", ""]
         names = list(dict.fromkeys(c["arm"] for c in answer["comparisons"]))
@@ -265,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": command,
         "prompts": options.prompts,
         "seeds": options.seeds,
+        "release": release_of(DEFAULT_MODEL),
         "needs": {arm.name: arm.needs for arm in arms if arm.needs},
         "arms": [],
     }

@@ -15,6 +15,7 @@ from streamvid.evaluation.board import Board, Cell, Column, html, markdown, mark
 from streamvid.evaluation.comparison import prompt_means
 from streamvid.evaluation.manifest import MANIFEST, read_manifest
 from streamvid.evaluation.results import read_results, write_text
+from streamvid.evaluation.stored import of_other_weights
 from streamvid.io.files import prepare_output_file
 from streamvid.methods import load_method, method_names
 from streamvid.models import model_method
@@ -125,13 +126,14 @@ def board_of_table(path: Path) -> Board:
 
 def _note(result: Mapping[str, Any]) -> str:
     try:
-        made_for = model_method(result["model"])
+        made_for, other = model_method(result["model"]), of_other_weights(result, result["model"])
     except UserError:  # a model that is not on this machine
-        made_for = None
+        made_for, other = None, []
     whom = f"was made for {made_for}" if made_for else "was made for one of them"
-    return (
+    told = (
         f"The model {whom}: the table says what each method does to it, not how the papers' own models rank."
     )
+    return " ".join([told, *other[:1]])
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Cell:

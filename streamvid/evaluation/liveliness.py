@@ -35,7 +35,7 @@ from streamvid.evaluation.adherence import (
 )
 from streamvid.evaluation.flow import DisFlow, magnitudes
 from streamvid.evaluation.stats import RESAMPLES, SEED, by_group, interval
-from streamvid.evaluation.stored import fingerprint, read_stored, write_stored
+from streamvid.evaluation.stored import fingerprint, read_stored, release_of, write_stored
 from streamvid.io.files import replace_atomically
 from streamvid.models import load_pipeline
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
@@ -283,11 +283,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = f"python -m streamvid.evaluation.liveliness --prompts {options.prompts} --seeds {seeds} --moments {moments}"
     command += f" --method {options.method}" if options.method else ""
     command += f" --set {' '.join(options.set)}" if options.set else ""
+    about = {"command": command, "model": options.model, "release": release_of(options.model)}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(options.output) as temporary:
-        temporary.write_text(
-            json.dumps({"command": command, "model": options.model, **extra, **result}, indent=1) + "\n"
-        )
+        temporary.write_text(json.dumps({**about, **extra, **result}, indent=1) + "\n")
     print(table(result))
 
 

@@ -29,7 +29,7 @@ import torch
 
 from streamvid.decoding import decode, decoder_state
 from streamvid.evaluation.curves import look
-from streamvid.evaluation.stored import fingerprint, stored
+from streamvid.evaluation.stored import fingerprint, release_of, stored
 from streamvid.io.files import replace_atomically
 from streamvid.methods import load_method, method_names
 from streamvid.models import DEFAULT_MODEL, load_pipeline, load_probe
@@ -322,7 +322,7 @@ def measure(plan: Plan, processes: int = 1) -> dict[str, Any]:
     for method in plan.methods:
         rows = [row for batch in batches for row in batch[method]]
         results.append({"method": method, **alone[method], **summary(rows, plan.prompts)})
-    return {**plan.settings, "methods": results}
+    return {**plan.settings, "release": release_of(plan.model), "methods": results}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Parts of a long measurement as files, so that a run that is stopped goes on where it was."""
+"""Parts of a long measurement as files, so that a run that is stopped goes on, and what a result was made with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from streamvid.io.files import replace_atomically
+from streamvid.models import resolve_model
 
 
 def stored(path: Path, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
@@ -43,3 +44,19 @@ def fingerprint(*modules: nn.Module) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def release_of(model: str) -> str:
+    """Digest of the files that hold a local model's weights: a stored result says with it what was measured."""
+    digest = hashlib.sha256()
+    for part in ("text_encoder", "transformer", "vae"):
+        for path in sorted((Path(resolve_model(model)) / part).glob("*.safetensors")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def of_other_weights(result: Mapping[str, Any], model: str) -> list[str]:
+    """A paragraph for the page of a result that was measured with other weights than the model has now; else nothing."""
+    if result.get("release") == release_of(model):
+        return []
+    return [f"Measured with earlier weights of {model}, not with those that it has now.", ""]

@@ -21,7 +21,7 @@ from streamvid.decoding import channels_last, encode, encoder_state
 from streamvid.errors import UserError
 from streamvid.training.vae_stage import to_pixels
 from streamvid.world.render import render_clip
-from streamvid.world.sampling import BLOCK_FRAMES, block_start, sample_clip
+from streamvid.world.sampling import BLOCK_FRAMES, CHANGED, block_start, sample_clip
 from streamvid.world.scene import change_scene, sample_scene, sample_scenery
 
 BLOCKS = 5
@@ -153,7 +153,10 @@ def _late_clip(vae: AutoencoderKLWan, rng: np.random.Generator):
         scenes.append((int(rng.integers(1, first - 1)), change_scene(rng, scenes[-1][1], 2)))
     if rng.random() < 0.4:  # a switch seen with its whole window
         scenes.append(
-            (first + 2 + int(rng.integers(2)), change_scene(rng, scenes[-1][1], int(rng.integers(1, 3))))
+            (
+                first + 2 + int(rng.integers(2)),
+                change_scene(rng, scenes[-1][1], int(rng.integers(1, 3)), weights=CHANGED),
+            )
         )
     shots = [(block_start(block), scene) for block, scene in scenes]
     # the segment's own first block warms up the encoder and is dropped

@@ -2,8 +2,8 @@
 
 A step is one of three kinds, drawn at random:
 
-- *first block*: block 0 from noise. At sigma = 1 the noise is coupled to the clip's unnamed scenery (`couple_noise`), so
-  that every seed has one sharp answer and seeds differ.
+- *first block*: block 0 from noise. At sigma = 1 the noise is coupled to the clip's unnamed scenery
+  (`streamvid.training.noise_coupling`), so that every seed has one sharp answer and seeds differ.
 - *teacher forcing*: blocks of real clips, each against its window of real clean latents.
 - *rollout*: the student first generates the clip with its own sampler and cache (Self Forcing), then learns from its own
   contexts and its own noisy inputs to reach the real clip. Valid because the world is deterministic given its first block.
@@ -11,6 +11,8 @@ A step is one of three kinds, drawn at random:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
+from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from streamvid.context import ContextCache
@@ -29,12 +32,13 @@ from streamvid.text import encode_prompts
 from streamvid.training.dry_run import Work, mean_window
 from streamvid.training.latents import BLOCKS, FIRST_BLOCKS, FRAMES_PER_BLOCK, Clips, load_clips
 from streamvid.training.model_stage import initialise
+from streamvid.training.noise_coupling import SceneryHead, couple_noise, coupled_scenery
 from streamvid.training.trainer import Stage
 from streamvid.training.windows import WindowedAttention, plan_blocks
 from streamvid.transformer import CausalWanTransformer3DModel, PromptKV
 from streamvid.window import WindowOptions
 from streamvid.world.prompts import describe
-from streamvid.world.scene import ATTRIBUTES, SCENERY, Scene
+from streamvid.world.scene import ATTRIBUTES, Scene
 
 VALIDATION_CLIPS = 64
 COUPLED_SIGMA = 0.95  # noise of this level and above is coupled to the scenery; below, the latents show it
@@ -53,6 +57,8 @@ class StudentStage(Stage):
         rollout_from: rollouts begin after this step.
         noisy_streams: noise levels per clip in one forward.
         context_noise: clean contexts get noise of up to this sigma in half of the clips, unknown to the student.
+        scenery_weight: of a further loss, which asks the tokens of a first block's pure noise for the scenery that it is
+            coupled to, half way through the layers (`SceneryHead`).
         start_from: a saved transformer to continue from.
     """
 
@@ -71,17 +77,21 @@ class StudentStage(Stage):
         rollout_from: int = 1500,
         noisy_streams: int = 2,
         context_noise: float = 0.15,
+        scenery_weight: float = 0.1,
         start_from: str | None = None,
     ):
         super().__init__()
         if start_from is None:
-            self.transformer = CausalWanTransformer3DModel(**transformer)
-            initialise(self.transformer)
+            student = CausalWanTransformer3DModel(**transformer)
+            initialise(student)
         else:
-            self.transformer = CausalWanTransformer3DModel.from_pretrained(start_from)
-        self.transformer.attention_name = (
-            "reference"  # faster than fused attention at this size, above all backward
-        )
+            student = CausalWanTransformer3DModel.from_pretrained(start_from)
+        student.attention_name = "reference"  # faster than fused attention at this size, above all backward
+        self.learnt = nn.ModuleDict({"transformer": student})
+        self.scenery_weight = scenery_weight
+        if scenery_weight:
+            width = student.config.num_attention_heads * student.config.attention_head_dim
+            self.learnt["scenery_head"] = SceneryHead(width)
         self.scheduler = FewStepFlowScheduler(**scheduler)
         self.window = WindowOptions(**window)
         self.plans = plan_blocks(self.window, BLOCKS)
@@ -115,8 +125,14 @@ class StudentStage(Stage):
         )
         self.noisy_streams, self.context_noise = noisy_streams, context_noise
 
-    def trainable(self) -> CausalWanTransformer3DModel:
-        return self.transformer
+    @property
+    def transformer(self) -> CausalWanTransformer3DModel:
+        """The student."""
+        student: Any = self.learnt["transformer"]
+        return student
+
+    def trainable(self) -> nn.ModuleDict:
+        return self.learnt
 
     def train(self, mode: bool = True) -> StudentStage:
         super().train(mode)
@@ -158,7 +174,7 @@ class StudentStage(Stage):
         return {
             "kind": kind,
             "latents": latents[:, :, : blocks * FRAMES_PER_BLOCK],
-            "scenery": _coupled_scenery(clips.scenery[index]),
+            "scenery": coupled_scenery(clips.scenery[index]),
             "text": self._encode(prompts).unflatten(0, (len(index), blocks)),
             "recached": self._recached_text(labels, rng) if kind == "teacher forcing" else None,
             "weight": weight,
@@ -196,7 +212,8 @@ class StudentStage(Stage):
                 self._noised_context(target),
                 self._noisy(target, self.noisy_streams, batch["scenery"]),
             )
-        predicted = self._predict(context, noisy, sigma, batch["text"], batch["recached"])
+        with self._tokens_half_way() as tokens:
+            predicted = self._predict(context, noisy, sigma, batch["text"], batch["recached"])
         weight = batch["weight"]
         if batch["recached"] is not None:  # the old blocks saw a prompt from the future
             blocks = torch.arange(BLOCKS)[None] >= batch["recached"][:, None]
@@ -205,10 +222,31 @@ class StudentStage(Stage):
         error = (predicted.float() - target[:, None]).square().mean(2)  # B S F H W
         level = 1 / (sigma.square() + 0.05)
         loss = (error * level[..., None, None] * weight[:, None]).mean()
-        name = kind.replace(" ", "_")
-        return loss, {
-            f"error_{name}": (error.mean((3, 4)) * (weight.sum((2, 3)) > 0)[:, None]).mean().detach()
-        }
+        counted = weight.sum((2, 3)) > 0
+        told = {f"error_{kind.replace(' ', '_')}": (error.mean((3, 4)) * counted[:, None]).mean().detach()}
+        if self.scenery_weight:
+            told["scenery"] = self._scenery_loss(tokens[-1], sigma, batch["scenery"])
+            loss = loss + self.scenery_weight * told["scenery"]
+        return loss, {name: number.detach() for name, number in told.items()}
+
+    @contextmanager
+    def _tokens_half_way(self) -> Iterator[list[torch.Tensor]]:
+        """The tokens `[B, L, D]` that leave the middle layer, forward by forward."""
+        tokens: list[torch.Tensor] = []
+        layer = self.transformer.blocks[(len(self.transformer.blocks) - 1) // 2]
+        hook = layer.register_forward_hook(lambda _layer, _inputs, output: tokens.append(output))
+        try:
+            yield tokens
+        finally:
+            hook.remove()
+
+    def _scenery_loss(
+        self, tokens_BLD: torch.Tensor, sigma_BSF: torch.Tensor, scenery_BK: torch.Tensor
+    ) -> torch.Tensor:
+        """Of the first frames of all noisy streams whose noise names the scenery."""
+        rows, columns = self.transformer.token_grid(*self.clips.latents.shape[-2:])
+        noisy = tokens_BLD.unflatten(1, (-1, sigma_BSF.shape[2], rows * columns))[:, -sigma_BSF.shape[1] :]
+        return self.learnt["scenery_head"](noisy[:, :, 0], scenery_BK, sigma_BSF[:, :, 0] >= COUPLED_SIGMA)
 
     def _predict(self, context, noisy_BSCFHW, sigma_BSF, text_BNLD, recached):
         """Predicted x0 `[B, S, C, F, H, W]` of all noisy streams in one forward."""
@@ -368,50 +406,6 @@ class StudentStage(Stage):
 
 def _select(clips: Clips, mask: torch.Tensor) -> Clips:
     return Clips(clips.latents[mask], clips.labels[mask], clips.scenery[mask], clips.late[mask])
-
-
-# Where the noise tells each unnamed variable: a row of the picture cut into 4 x 4 places, and weights of its columns. It is
-# where the variable shows, so that a network finds it in the very tokens that need it. Differences of places were found
-# by the student, sums of a whole row were not.
-COUPLED_PLACES: dict[str, tuple[int, tuple[float, ...]]] = {
-    "subject_x": (2, (0, 1, -1, 0)),
-    "hills": (2, (0, 1, -1, 0)),
-    "sun_x": (0, (1, 0, -1, 0)),
-    "clouds": (0, (1, 0, -1, 0)),
-}
-
-
-def _coupled_scenery(cells: torch.Tensor) -> torch.Tensor:
-    """Every coupled variable as a uniform number of its place's interval in [0, 1), `[B, K]`, of cells `[B, 6]`."""
-    columns = [list(SCENERY).index(name) for name in COUPLED_PLACES]
-    places = torch.tensor([len(SCENERY[name]) for name in COUPLED_PLACES])
-    return (cells[:, columns] + torch.rand(len(cells), len(columns))) / places
-
-
-def coupling_directions(height: int, width: int) -> torch.Tensor:
-    """Unit pictures `[K, H, W]`: direction k lies in channel k of the first latent frame."""
-    directions = torch.zeros(len(COUPLED_PLACES), 4, 4)
-    for index, (row, weights) in enumerate(COUPLED_PLACES.values()):
-        directions[index, row] = torch.tensor(weights)
-    directions = directions.repeat_interleave(height // 4, 1).repeat_interleave(width // 4, 2)
-    return directions / directions.flatten(1).norm(dim=1)[:, None, None]
-
-
-def couple_noise(noise_BSCFHW: torch.Tensor, scenery_BK: torch.Tensor, only: torch.Tensor) -> torch.Tensor:
-    """Tie unnamed scenery to the initial noise: where `only` `[B, S]`, the projection of the noise on direction k becomes
-    the Gaussian quantile of variable k in [0, 1) (each of its places is an interval).
-
-    For uniform scenery the noise stays exactly standard normal; a sampler simply draws noise, and every draw names one
-    scenery (noise-data couplings, Pooladian et al. 2023, with a coupling known in advance).
-    """
-    quantile = torch.special.ndtri(scenery_BK.float().clamp(1e-4, 1 - 1e-4))  # B K
-    noise = noise_BSCFHW.clone()
-    first = noise[:, :, : scenery_BK.shape[1], 0]  # B S K H W
-    directions = coupling_directions(*noise.shape[-2:]).to(noise)
-    projection = (first * directions).sum((-1, -2))
-    wanted = torch.where(only[:, :, None], quantile[:, None], projection)
-    first += (wanted - projection)[..., None, None] * directions
-    return noise
 
 
 def _beside(parts: list[PromptKV], batch: int) -> PromptKV:

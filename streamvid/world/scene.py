@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,14 +48,14 @@ class Scene:
 
 
 # The places that scenery takes: few, and whole tokens of the embedded model (32 px) apart, so that it has to learn each
-# picture once and not at every shift. A bounce lasts one block: from one phase, it looks alike in every block of every shot.
+# picture once and not at every shift. A bounce lasts one block: all blocks of a shot begin on the ground, or all at its top.
 SCENERY: dict[str, tuple[float, ...]] = {
     "subject_x": (0.1, 0.9),
     "hills": (0.0, 0.375),
     "ground_phase": (0.0,),
     "sun_x": (0.0, 1 / 3, 2 / 3),
     "clouds": (0.0, 0.375),
-    "phase": (0.0,),
+    "phase": (0.0, 0.5),
 }
 
 
@@ -110,18 +110,29 @@ def sample_scenery(rng: np.random.Generator) -> Scenery:
 
 
 def change_scene(
-    rng: np.random.Generator, scene: Scene, how_many: int = 1, held_out: bool | None = False
+    rng: np.random.Generator,
+    scene: Scene,
+    how_many: int = 1,
+    held_out: bool | None = False,
+    weights: Mapping[str, float] | None = None,
 ) -> Scene:
-    """The scene with exactly `how_many` attributes changed; `held_out` as in sample_scene.
+    """The scene with exactly `how_many` attributes changed; `held_out` as in sample_scene. An attribute is drawn as often as
+    its weight says, 1 where there is none.
 
     Raises ValueError if that is impossible, which needs a held-out start and no room to leave it: one change
     always finds a way out by another colour or shape.
     """
     if not 1 <= how_many <= len(ATTRIBUTES):
         raise ValueError(f"how_many is {how_many}; it must be 1 to {len(ATTRIBUTES)}")
+    chances = np.array([(weights or {}).get(name, 1.0) for name in ATTRIBUTES])
     for _ in range(10_000):
         changes = {}
-        for index in rng.choice(len(ATTRIBUTES), size=how_many, replace=False):
+        for index in rng.choice(
+            len(ATTRIBUTES),
+            size=how_many,
+            replace=False,
+            p=None if weights is None else chances / chances.sum(),
+        ):
             name = tuple(ATTRIBUTES)[int(index)]
             others = [value for value in ATTRIBUTES[name] if value != getattr(scene, name)]
             changes[name] = others[int(rng.integers(len(others)))]

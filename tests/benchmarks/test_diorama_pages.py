@@ -97,8 +97,13 @@ def test_a_switch_is_judged_by_its_early_window(docs):
 def test_diversity_is_told_by_variable(docs):
     told = {"mean": 0.3, "low": 0.28, "high": 0.32}
     rows = {
-        "hills": {"differs": told, "expected": 0.5, "between": told},
-        "sun_x": {"differs": {"mean": 0.66, "low": 0.62, "high": 0.7}, "expected": 2 / 3, "between": told},
+        "hills": {"prompts": 24, "differs": told, "expected": 0.5, "between": told},
+        "sun_x": {
+            "prompts": 20,
+            "differs": {"mean": 0.66, "low": 0.62, "high": 0.7},
+            "expected": 2 / 3,
+            "between": told,
+        },
     }
     part = {"variables": rows, "spread": {"mean": 0.8, "low": 0.7, "high": 0.9}}
     result = {
@@ -110,5 +115,6 @@ def test_diversity_is_told_by_variable(docs):
     }
     docs("diversity", result)
     assert named("hills").verdict == "not met" and named("sun_x").verdict == "met"
+    assert named("sun_x").of == "20 prompts x 8 seeds"
     lines = diorama_pages.diversity_lines()
-    assert "| hills | 0.30 [0.28, 0.32] | 0.50 |" in lines and "by 0.80 [0.70, 0.90] of what" in lines
+    assert "| hills | 24 | 0.30 [0.28, 0.32] | 0.50 |" in lines and "by 0.80 [0.70, 0.90] of what" in lines

@@ -22,7 +22,8 @@ from streamvid.world.scene import SCENERY
 
 @pytest.fixture(scope="module")
 def rendered():
-    (scene, _), *_ = questions(1)
+    scene, _ = questions(6)[5]
+    assert scene.motion == "circles"  # shows every variable
     return renders(scene)
 
 
@@ -32,7 +33,7 @@ def cell(**chosen: int) -> int:
 
 
 def test_every_scenery_of_the_world_is_read_right(rendered):
-    assert len(rendered) == len(CELLS) == 24
+    assert len(rendered) == len(CELLS) == 48
     for number in range(len(CELLS)):
         noisy = rendered[number] + np.random.default_rng(number).normal(0, 12, rendered[number].shape)
         cells, ways = read(noisy.astype(np.float32), rendered)
@@ -79,6 +80,31 @@ def test_a_variable_that_never_varies_is_named(rendered):
     assert low == {"hills"}
 
 
+def test_a_variable_counts_where_renders_show_it(rendered):
+    assert diversity.shown_by(rendered) == list(VARIABLES)
+    still, rolling_ring = questions(3)[0][0], questions(3)[2][0]
+    assert still.motion == "stands still" and (rolling_ring.shape, rolling_ring.motion[:5]) == (
+        "ring",
+        "rolls",
+    )
+    for scene in (still, rolling_ring):
+        others = renders(scene)
+        assert diversity.shown_by(others) == [name for name in VARIABLES if name != "phase"]
+    moving, silent = of_prompt(rendered[[0, 1]], rendered), of_prompt(others[[0, 1]], others)
+    found = summary([moving, silent, silent])["variables"]
+    assert found["phase"]["prompts"] == 1 and found["phase"]["differs"]["mean"] == 1.0
+    assert found["hills"]["prompts"] == 3
+    assert "phase" not in summary([silent])["variables"]
+
+
+def test_what_is_not_shown_need_not_be_read_right(rendered):
+    still = renders(questions(1)[0][0])
+    for pictures, right in ((rendered, 0.0), (still, 1.0)):
+        read_as = of_prompt(pictures[[0, 2]], pictures)
+        other_phase = [[*CELLS[number][:-1], 1] for number in (0, 2)]
+        assert summary([{**read_as, "drawn": other_phase}])["read_right"] == right
+
+
 def test_pairs_are_counted_in_closed_form():
     sun = tuple(SCENERY).index("sun_x")
     rows = [list(CELLS[cell(sun_x=place)]) for place in (0, 0, 1, 2)]
@@ -92,8 +118,13 @@ def test_the_command_keeps_prompts_and_writes_a_table(tmp_path, monkeypatch, cap
         def look(job):
             index, _, _, seeds, control = job
             calls.append(index)
-            cells = [list(CELLS[number]) for number in range(seeds)]
-            row = {"cells": cells, "ways": [[0.0, 0.5, 0.0, 0.1]] * seeds, "spread": 0.9}
+            cells = [list(CELLS[2 * number]) for number in range(seeds)]
+            row = {
+                "shown": list(VARIABLES[:-1]),
+                "cells": cells,
+                "ways": [[0.0, 0.5, 0.0, 0.1, 0.2]] * seeds,
+                "spread": 0.9,
+            }
             return {"model": row} | ({"control": {**row, "drawn": cells[::-1]}} if control else {})
 
         return look
@@ -109,6 +140,7 @@ def test_the_command_keeps_prompts_and_writes_a_table(tmp_path, monkeypatch, cap
     diversity.main(arguments)
     found = json.loads((tmp_path / "deep" / "x.json").read_text())
     hills = found["model"]["variables"]["hills"]
+    assert list(found["model"]["variables"]) == list(VARIABLES[:-1]) and hills["prompts"] == 4
     assert hills["between"]["mean"] == 1.0 and found["model"]["spread"]["mean"] == 0.9
     assert found["control"]["read_right"] == 0.0 and "read_right" not in found["model"]
     diversity.main(arguments)

@@ -19,15 +19,13 @@ from streamvid.methods import Method
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.training import student_stage
 from streamvid.training.latents import BLOCKS, Clips
+from streamvid.training.noise_coupling import COUPLED_PLACES, PLACES, coupling_directions
 from streamvid.training.student_stage import (
-    COUPLED_PLACES,
     COUPLED_SIGMA,
     FIRST_STEP_SHARE,
     VALIDATION_CLIPS,
     StudentStage,
     _beside,
-    couple_noise,
-    coupling_directions,
     mean_latents,
     subject_weight,
 )
@@ -50,8 +48,13 @@ CLIPS, FIRST_BLOCKS = VALIDATION_CLIPS + 40, 13
 
 
 COUPLED = [list(SCENERY).index(name) for name in COUPLED_PLACES]  # columns of a clip's cells
-PLACES = torch.tensor([len(SCENERY[name]) for name in COUPLED_PLACES])
 K = len(COUPLED)
+
+
+def projections(noise: torch.Tensor) -> torch.Tensor:
+    """Of the first block's noise on the directions of the coupling, `[B, S, K]`."""
+    directions = coupling_directions(noise.shape[2], *noise.shape[-2:])
+    return torch.einsum("bscfhw,kcfhw->bsk", noise[:, :, :, :3], directions)
 
 
 def synthetic_clips(count: int = CLIPS, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -110,7 +113,9 @@ def stage(folders):
     def build(seed: int = 0, **options) -> StudentStage:
         torch.manual_seed(seed)
         parts = {"transformer": TRANSFORMER, "scheduler": SCHEDULER, "window": WINDOW, **folders}
-        return StudentStage(**{**parts, "batch_size": 4, "first_block_batch": 6, **options})
+        return StudentStage(
+            **{**parts, "batch_size": 4, "first_block_batch": 6, "scenery_weight": 0.0, **options}
+        )
 
     return build
 
@@ -181,7 +186,7 @@ def test_first_block_steps_learn_the_shards_of_first_blocks(stage):
     }
     for latents, scenery in zip(batch["latents"], batch["scenery"], strict=True):
         cells = expected.pop(latents.transpose(0, 1).half().contiguous().numpy().tobytes())
-        assert torch.equal((scenery * PLACES).floor().long(), cells[COUPLED])
+        assert torch.equal((scenery * torch.tensor(PLACES)).floor().long(), cells[COUPLED])
     assert not expected  # all of them, once
     loss, metrics = made(batch)
     assert loss > 0 and list(metrics) == ["error_first_block"]
@@ -192,7 +197,7 @@ def test_scenery_of_a_batch_is_anywhere_in_its_places(stage):
     made = stage()
     torch.manual_seed(0)
     batches = torch.stack([prepared(made, "first block", range(40))["scenery"] for _ in range(5)])
-    inside = batches * PLACES - made.clips.scenery[:, COUPLED]  # 5 40 K
+    inside = batches * torch.tensor(PLACES) - made.clips.scenery[:, COUPLED]  # 5 40 K
     assert inside.min() >= 0 and inside.max() <= 1
     count = inside[..., 0].numel()
     assert (inside.flatten(0, 1).mean(0) - 0.5).abs().max() < 4 / (12 * count) ** 0.5
@@ -470,64 +475,6 @@ def test_context_noise_is_in_half_of_the_clips_up_to_its_limit(stage):
 # --- closed forms ---------------------------------------------------------------------------------------------------
 
 
-def projections(noise: torch.Tensor) -> torch.Tensor:
-    """Of the noise on the unit vectors of the coupling, `[B, S, K]`."""
-    return (noise[:, :, :K, 0] * coupling_directions(*noise.shape[-2:])).sum((-1, -2))
-
-
-def test_directions_are_unit_vectors_where_their_variable_shows():
-    directions = coupling_directions(8, 16)
-    torch.testing.assert_close(directions.flatten(1).norm(dim=1), torch.ones(K))
-    assert set(COUPLED_PLACES) == {name for name, places in SCENERY.items() if len(places) > 1}
-    for direction, (row, weights) in zip(directions, COUPLED_PLACES.values(), strict=True):
-        places = direction.unflatten(0, (4, 2)).unflatten(2, (4, 4))
-        assert (places == places[:, :1, :, :1]).all()  # constant within a place
-        expected = torch.zeros(4, 4)
-        expected[row] = torch.tensor(weights, dtype=torch.float)
-        torch.testing.assert_close(places[:, 0, :, 0] / places.abs().max(), expected)
-
-
-def test_coupled_noise_has_the_quantile_as_its_projection():
-    noise, scenery = torch.randn(50, 2, 8, 3, 4, 8), torch.rand(50, K)
-    coupled = couple_noise(noise, scenery, torch.ones(50, 2, dtype=torch.bool))
-    quantile = torch.special.ndtri(scenery.clamp(1e-4, 1 - 1e-4))
-    for stream in range(2):
-        torch.testing.assert_close(projections(coupled)[:, stream], quantile, atol=1e-5, rtol=1e-5)
-    # all other directions stay
-    directions = coupling_directions(4, 8)
-    rest, before = coupled.clone(), noise.clone()
-    rest[:, :, :K, 0] -= projections(coupled)[..., None, None] * directions
-    before[:, :, :K, 0] -= projections(noise)[..., None, None] * directions
-    torch.testing.assert_close(rest, before, atol=1e-5, rtol=0)
-
-
-def test_coupling_touches_chosen_streams_only():
-    noise, scenery = torch.randn(6, 3, 8, 3, 4, 4), torch.rand(6, K)
-    only, given = torch.tensor([[True, False, True], [False, True, False]] * 3), noise.clone()
-    coupled = couple_noise(noise, scenery, only)
-    assert torch.equal(coupled[~only], noise[~only])
-    assert all(not torch.equal(one, other) for one, other in zip(coupled[only], noise[only], strict=True))
-    assert torch.equal(noise, given)  # a copy is made
-
-
-def test_coupled_noise_is_standard_normal():
-    """For uniform scenery: moments of the coupled directions and their neighbours, and no correlations."""
-    torch.manual_seed(0)
-    count = 20_000
-    noise, scenery = torch.randn(count, 1, 6, 1, 4, 4), torch.rand(count, K)
-    coupled = couple_noise(noise, scenery, torch.ones(count, 1, dtype=torch.bool))[:, 0, :, 0].flatten(1)
-    error = 4 / count**0.5
-    assert coupled.mean(0).abs().max() < error
-    covariance = coupled.T @ coupled / count
-    assert (covariance - torch.eye(96)).abs().max() < 1.5 * error
-    for moment, expected in ((3, 0.0), (4, 3.0)):
-        assert (coupled**moment).mean() == pytest.approx(expected, abs=0.06)
-    first = coupled.unflatten(1, (6, 4, 4))[:, 0]
-    ordered = (first * coupling_directions(4, 4)[0]).sum((1, 2)).sort().values  # Kolmogorov-Smirnov
-    distance = (torch.special.ndtr(ordered) - torch.arange(count) / count).abs().max()
-    assert distance < 1.63 / count**0.5
-
-
 def some_clips() -> Clips:
     data = synthetic_clips(30)
     return Clips(data["latents"], data["labels"], data["scenery"], data["late"])
@@ -679,3 +626,58 @@ def test_the_export_is_what_a_pipeline_loads(stage, tmp_path):
         assert torch.equal(value, transformer.state_dict()[name])
     assert FewStepFlowScheduler.from_pretrained(tmp_path / "scheduler").steps == made.scheduler.steps
     assert isinstance(AutoencoderKLWan.from_pretrained(made.vae_path), AutoencoderKLWan)
+
+
+# --- scenery in the middle of the network ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scenery_loss_asks_the_middle_tokens_of_pure_noise(kind, stage):
+    made = wake(stage(scenery_weight=0.5))
+    batch, asked = prepared(made, kind), []
+    head = made.learnt["scenery_head"]
+    head.register_forward_hook(lambda _head, given, loss: asked.append((*given, loss)))
+    torch.manual_seed(0)
+    loss, metrics = made(batch)
+    tokens, scenery, only, told = asked[0]
+    streams = 4 if kind == "first block" else 2
+    assert tokens.shape == (4, streams, 4, 24) and only.shape == (4, streams)
+    assert torch.equal(scenery, batch["scenery"]) and metrics["scenery"] == told
+    torch.manual_seed(0)
+    made.scenery_weight = 0.0
+    assert loss.item() == pytest.approx((made(batch)[0] + 0.5 * told).item(), rel=1e-5)
+
+
+def test_the_middle_tokens_are_those_of_the_noisy_streams(stage, monkeypatch):
+    """Of a forward beside clean context: token for token what the streams alone make of the middle layer."""
+    made = wake(stage(scenery_weight=0.5))
+    noisy, text = tiny.normal(1, 2, 2, 16, 15, 4, 4), tiny.normal(0, 2, BLOCKS, 40, 16)
+    sigma, asked = torch.ones(2, 2, 15), []
+    monkeypatch.setitem(made.learnt._modules, "scenery_head", lambda *given: asked.append(given))
+    for context in (noisy[:, 0], None):
+        with torch.no_grad(), made._tokens_half_way() as tokens:
+            made._predict(context, noisy, sigma, text, None)
+        made._scenery_loss(tokens[-1], sigma, torch.rand(2, K))
+    beside, alone = (given[0] for given in asked)
+    assert beside.shape == (2, 2, 4, 24) and asked[0][2].all()
+    torch.testing.assert_close(beside, alone, atol=1e-5, rtol=1e-5)  # a first block has no context
+    assert not torch.allclose(beside[:, 0], beside[:, 1])
+
+
+def test_without_a_weight_there_is_no_head_and_the_export_never_has_one(stage, tmp_path):
+    assert list(stage().trainable()) == ["transformer"]
+    made = stage(scenery_weight=0.1)
+    assert list(made.trainable()) == ["transformer", "scenery_head"]
+    made.export(tmp_path)
+    saved = CausalWanTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    assert not [name for name in saved.state_dict() if "scenery" in name]
+
+
+def test_all_steps_reach_all_weights_that_learn(stage):
+    """A head without gradient in some step would stop a run of several processes."""
+    made = wake(stage(scenery_weight=0.1))
+    torch.nn.init.normal_(made.learnt["scenery_head"].classifier.weight)
+    for kind in KINDS:
+        made.zero_grad()
+        made(prepared(made, kind))[0].backward()
+        assert all(parameter.grad is not None for parameter in made.trainable().parameters())

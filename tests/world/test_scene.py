@@ -75,6 +75,27 @@ def test_changes_are_exactly_as_many_as_asked_for(how_many):
         assert not is_held_out(changed)
 
 
+def test_an_attribute_changes_as_often_as_its_weight_says():
+    rng = np.random.default_rng(5)
+    scene, count = sample_scene(rng), 1500
+    changed = [
+        change_scene(rng, scene, held_out=None, weights={"motion": 3.0, "sky": 0.0}) for _ in range(count)
+    ]
+    moved = [[name for name in ATTRIBUTES if getattr(c, name) != getattr(scene, name)] for c in changed]
+    times = Counter(name for names in moved for name in names)
+    for name in ATTRIBUTES:
+        share = {"motion": 3.0, "sky": 0.0}.get(name, 1.0) / 8
+        assert abs(times[name] / count - share) <= 4 * (share * (1 - share) / count) ** 0.5
+
+
+def test_clips_change_motion_more_often():
+    rng = np.random.default_rng(6)
+    clips = [sample_clip(rng, 57, switch_probability=1.0)[0] for _ in range(1000)]
+    moved = np.mean([shots[0][1].motion != shots[1][1].motion for shots in clips])
+    # one change: 3 / 9; two: that, or another first (1 / 9 each) and then motion (3 / 8)
+    assert abs(moved - (1 / 3 + 1 / 3 + 2 / 3 * 3 / 8) / 2) < 0.06
+
+
 def test_changes_can_reach_and_leave_held_out_pairs():
     rng = np.random.default_rng(3)
     held_out = sample_scene(rng, held_out=True)
@@ -89,8 +110,8 @@ def test_cells_round_trip_over_the_whole_grid():
     grid = list(itertools.product(*(range(len(values)) for values in SCENERY.values())))
     places = [Scenery.from_cells(cells) for cells in grid]
     assert [scenery.cells() for scenery in places] == grid
-    assert len(set(places)) == len(grid) == 2 * 2 * 1 * 3 * 2 * 1
-    assert Scenery.from_cells([1, 0, 0, 2, 1, 0]) == Scenery(0.9, 0.0, 0.0, 2 / 3, 0.375, 0.0)
+    assert len(set(places)) == len(grid) == 2 * 2 * 1 * 3 * 2 * 2
+    assert Scenery.from_cells([1, 0, 0, 2, 1, 1]) == Scenery(0.9, 0.0, 0.0, 2 / 3, 0.375, 0.5)
 
 
 def test_what_is_not_on_the_grid_has_no_cells():
