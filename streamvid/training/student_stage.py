@@ -42,7 +42,7 @@ from streamvid.world.scene import ATTRIBUTES, Scene
 
 VALIDATION_CLIPS = 64
 COUPLED_SIGMA = 0.95  # noise of this level and above is coupled to the scenery; below, the latents show it
-FIRST_STEP_SHARE = 0.4  # of first blocks seen at pure noise
+FIRST_STEP_SHARE = 0.6  # of first blocks seen at pure noise
 
 
 class StudentStage(Stage):
