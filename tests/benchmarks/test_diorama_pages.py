@@ -26,9 +26,12 @@ def test_verdicts(value, low, high, verdict):
 
 @pytest.fixture
 def docs(monkeypatch, tmp_path):
-    """A folder with the stored adherence alone, and what writes other results beside it."""
+    """A folder with an adherence alone, and what writes other results beside it."""
     source = diorama_pages.DOCS / "diorama_adherence.json"
-    (tmp_path / source.name).write_text(source.read_text())
+    adherence = json.loads(source.read_text())
+    adherence["start"]["mean"] = 0.995
+    adherence["minute"] = {"mean": 0.997, "interval": 0.003}
+    (tmp_path / source.name).write_text(json.dumps(adherence))
     monkeypatch.setattr(diorama_pages, "DOCS", tmp_path)
 
     def write(name, result):
@@ -55,7 +58,7 @@ def liveliness(right, flow=1.0, **moments):
         }
 
     rows = {"start": row(right, flow)} | {name: row(*told) for name, told in moments.items()}
-    return {"command": "?", "prompts": len(right), "seeds": [0], "moments": rows}
+    return {"model": "diorama", "command": "?", "prompts": len(right), "seeds": [0], "moments": rows}
 
 
 def named(text):
@@ -66,6 +69,11 @@ def named(text):
 def test_what_is_not_stored_is_not_told(docs):
     asked = [bar.asked for bar in diorama_pages.bars()]
     assert len(asked) == 5 and not any("10 min" in text or "1.5 s" in text for text in asked)
+    assert named("60 s against").value == pytest.approx(0.002)
+    adherence = diorama_pages.stored("adherence")
+    del adherence["minute"]
+    docs("adherence", adherence)
+    assert "60 s against" not in " ".join(bar.asked for bar in diorama_pages.bars())
 
 
 def test_two_steps_and_ten_minutes_are_paired_by_prompt(docs):
@@ -108,6 +116,7 @@ def test_diversity_is_told_by_variable(docs):
     part = {"variables": rows, "spread": {"mean": 0.8, "low": 0.7, "high": 0.9}}
     result = {
         "command": "?",
+        "model_name": "diorama",
         "prompts": 24,
         "seeds": 8,
         "model": part,
