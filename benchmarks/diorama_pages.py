@@ -23,6 +23,12 @@ def stored(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def _of_these_weights(name: str) -> dict[str, Any] | None:
+    """A stored result, where it was made with the weights of the stored adherence: bars of two models say nothing."""
+    adherence, result = stored("adherence"), stored(name)
+    return result if adherence and result and result.get("release") == adherence["release"] else None
+
+
 def motion_lines() -> str:
     """Motion against renders, as measured by `streamvid.evaluation.liveliness`."""
     lines = [
@@ -114,7 +120,7 @@ def bars() -> list[Bar]:
         *_switch_bars(start["mean"]),
         *_motion_bars(),
     ]
-    result = stored("diversity")
+    result = _of_these_weights("diversity")
     if result:
         rows = result["model"]["variables"]
         for name, row in rows.items():
@@ -136,7 +142,7 @@ def _minute_bars(adherence: Mapping[str, Any], of: str) -> list[Bar]:
 
 def _switch_bars(start: float) -> list[Bar]:
     """Of what shows from 1.5 s after a switch; kept attributes against all attributes at 5 s."""
-    result = stored("switch")
+    result = _of_these_weights("switch")
     if not result:
         return []
     of = f"{result.get('first', result['prompts'])} prompts x {len(result['seeds'])} seeds"
@@ -155,7 +161,7 @@ def _switch_bars(start: float) -> list[Bar]:
 
 def _motion_bars() -> list[Bar]:
     found = []
-    motion, two, long = (stored(name) for name in ("motion", "two_steps", "long"))
+    motion, two, long = (_of_these_weights(name) for name in ("motion", "two_steps", "long"))
     if motion:
         start = motion["moments"]["start"]
         found.append(_flow("flow of rendered flow", start["against_rendered"], motion["prompts"]))
@@ -198,7 +204,7 @@ def bars_lines() -> str:
         interval = f"{bar.low:.3f} to {bar.high:.3f}" if bar.low < bar.high else ""
         digits = 2 if abs(bar.value) > 2 else 3
         lines.append(f"| {bar.asked} | {bar.value:.{digits}f} | {interval} | {bar.of} | {bar.verdict} |")
-    switch = stored("switch")
+    switch = _of_these_weights("switch")
     if switch:
         first = f" --first {switch['first']}" if "first" in switch else ""
         seeds = " ".join(map(str, switch["seeds"]))

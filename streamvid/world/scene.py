@@ -124,15 +124,12 @@ def change_scene(
     """
     if not 1 <= how_many <= len(ATTRIBUTES):
         raise ValueError(f"how_many is {how_many}; it must be 1 to {len(ATTRIBUTES)}")
-    chances = np.array([(weights or {}).get(name, 1.0) for name in ATTRIBUTES])
+    chances = None if weights is None else np.array([weights.get(name, 1.0) for name in ATTRIBUTES])
+    if chances is not None:
+        chances /= chances.sum()
     for _ in range(10_000):
         changes = {}
-        for index in rng.choice(
-            len(ATTRIBUTES),
-            size=how_many,
-            replace=False,
-            p=None if weights is None else chances / chances.sum(),
-        ):
+        for index in rng.choice(len(ATTRIBUTES), size=how_many, replace=False, p=chances):
             name = tuple(ATTRIBUTES)[int(index)]
             others = [value for value in ATTRIBUTES[name] if value != getattr(scene, name)]
             changes[name] = others[int(rng.integers(len(others)))]

@@ -35,7 +35,8 @@ def docs(monkeypatch, tmp_path):
     monkeypatch.setattr(diorama_pages, "DOCS", tmp_path)
 
     def write(name, result):
-        (tmp_path / f"diorama_{name}.json").write_text(json.dumps(result))
+        whole = {"release": adherence["release"], **result}
+        (tmp_path / f"diorama_{name}.json").write_text(json.dumps(whole))
 
     return write
 
@@ -89,6 +90,14 @@ def test_two_steps_and_ten_minutes_are_paired_by_prompt(docs):
     assert ten.low == pytest.approx(-3 / 14)
     assert named("flow at 10 min").verdict == "not met" and named("flow of rendered").verdict == "met"
     assert "2 steps: 3 held-out prompts" in diorama_pages.motion_lines()
+
+
+def test_bars_of_other_weights_are_not_told(docs):
+    docs("motion", liveliness([1.0, 0.8]))
+    docs("two_steps", {**liveliness([0.9, 0.7]), "release": "another"})
+    docs("long", {**liveliness([1.0, 0.9], ten_minutes=([1.0, 0.9], 0.7)), "release": "another"})
+    asked = " ".join(bar.asked for bar in diorama_pages.bars())
+    assert "flow of rendered" in asked and "2 steps" not in asked and "10 min" not in asked
 
 
 def test_a_switch_is_judged_by_its_early_window(docs):

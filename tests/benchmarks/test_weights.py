@@ -15,7 +15,7 @@ MEASURE = """
 import json, torch
 from benchmarks.weights import memory
 torch.set_num_threads(1)
-print(json.dumps(memory(1, 832, 480, torch.device("cpu"))))
+print(json.dumps(memory(2, 832, 480, torch.device("cpu"))))
 """
 
 
