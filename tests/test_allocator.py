@@ -25,12 +25,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def mostly_kept(prepare: str, plain: int) -> bool:
+    """Whether page faults fall below 0.4 of `plain`. Up to three runs: now and then a heap grows late, which keeping
+    does not prevent."""
+    return any(page_faults(prepare) < 0.4 * plain for _ in range(3))
+
+
 def page_faults(prepare: str, **environment: str) -> int:
-    """The fewest of three runs: now and then a heap grows late, which keeping does not prevent."""
-    return min(_page_faults(prepare, environment) for _ in range(3))
-
-
-def _page_faults(prepare: str, environment: dict[str, str]) -> int:
     inherited = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY_USER}
     command = [sys.executable, "-c", FAULTS.format(prepare=prepare)]
     run = subprocess.run(
@@ -41,12 +42,11 @@ def _page_faults(prepare: str, environment: dict[str, str]) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_by_every_command():
-    kept = page_faults("from streamvid.cli import main; main(['methods'])")
-    assert kept < 0.4 * page_faults("")
+    assert mostly_kept("from streamvid.cli import main; main(['methods'])", page_faults(""))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_what_the_environment_says_holds():
     prepare = "from streamvid.allocator import keep_freed_memory; print({}keep_freed_memory())"
-    kept = page_faults(prepare.format(""))
-    assert kept < 0.4 * page_faults(prepare.format("not "), MALLOC_TRIM_THRESHOLD_="131072")
+    plain = page_faults(prepare.format("not "), MALLOC_TRIM_THRESHOLD_="131072")
+    assert mostly_kept(prepare.format(""), plain)

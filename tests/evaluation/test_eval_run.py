@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from reference import NAMES, clip
 
+from streamvid.cli import main
 from streamvid.evaluation.backbones import Backbones
 from streamvid.evaluation.evaluate import evaluate
 from streamvid.evaluation.manifest import find_videos
@@ -107,20 +108,25 @@ def test_a_replaced_file_is_measured_again(videos, tmp_path):
 
 
 def test_one_and_two_processes_give_the_same_bytes(videos, tmp_path):
-    for count in (1, 2):
-        arguments = ("score", videos, "-o", tmp_path / str(count), "--metrics", METRICS, "--processes", count)
-        line, environment = command(*arguments, "--quiet")
-        subprocess.run(line, env=environment, check=True, capture_output=True, timeout=300)
+    def arguments(count: str) -> list[str]:
+        options = ["--metrics", METRICS, "--processes", count, "--quiet"]
+        return ["score", str(videos), "-o", str(tmp_path / count), *options]
+
+    assert main(["eval", *arguments("1")]) == 0
+    line, environment = command(*arguments("2"))
+    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=300)
     for name in ("results.json", "series.json", "scores.json", "per_video.csv", "per_second.csv"):
-        one, two = ((tmp_path / str(count) / name).read_bytes() for count in (1, 2))
+        one, two = ((tmp_path / count / name).read_bytes() for count in "12")
         assert one == two and len(one) > 0
     assert len(list((tmp_path / "2" / "shards").iterdir())) == 2
 
 
 def test_killed_and_resumed_gives_the_same_and_computes_the_rest_only(videos, tmp_path):
-    line, environment = command("score", videos, "-o", tmp_path / "whole", "--metrics", "long.*", "--quiet")
-    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=300)
-    line[line.index(str(tmp_path / "whole"))] = str(tmp_path / "killed")
+    def arguments(folder: str) -> list[str]:
+        return ["score", str(videos), "-o", str(tmp_path / folder), "--metrics", "long.*", "--quiet"]
+
+    assert main(["eval", *arguments("whole")]) == 0
+    line, environment = command(*arguments("killed"))
     process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     shard = tmp_path / "killed" / "shards" / "rank0.jsonl"
     deadline = time.monotonic() + 240
@@ -132,7 +138,7 @@ def test_killed_and_resumed_gives_the_same_and_computes_the_rest_only(videos, tm
     process.wait()
     before = read_shards(tmp_path / "killed").records
     assert before
-    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=300)
+    assert main(["eval", *arguments("killed")]) == 0
     written = [json.loads(text) for text in shard.read_text().splitlines() if '"key"' in text]
     keys = [record["key"] for record in written]
     assert len(keys) == len(set(keys)) and set(before) <= set(keys)

@@ -371,9 +371,12 @@ def test_numbers_reach_tensorboard_once(tmp_path):
 
 
 def test_numbers_reach_weights_and_biases_without_a_network(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     trainer(tmp_path / "run", report="wandb", validate_every=3).run()
+    wandb.teardown()  # its own process writes the file, when it likes: wait for the end of that one
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-run.wandb")
     written = file.read_bytes()
     assert written.count(b"log/loss") >= 6 and b"validation/weight" in written
