@@ -9,13 +9,13 @@ import torch
 from benchmarks.weights import counted, speed
 
 CPU = torch.device("cpu")
-# In a process of its own: what another test has freed and the allocator kept would hide or add to what a forward takes. At
-# full size: a library's own copy of a weight, and what an allocator rounds up (10 MB, run by run), are little beside 355 MB.
+# In a process of its own: what another test has freed and the allocator kept would hide or add to what a forward takes. Not
+# smaller: a library's own copy of a weight, and what an allocator rounds up (10 MB, run by run), are little beside 218 MB.
 MEASURE = """
 import json, torch
 from benchmarks.weights import memory
 torch.set_num_threads(1)
-print(json.dumps(memory(2, 832, 480, torch.device("cpu"))))
+print(json.dumps(memory(2, 640, 384, torch.device("cpu"))))
 """
 
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from streamvid.pipelines.pipeline_streamvid import StreamVidPipeline
+from test_noise_coupling import projections
 from transformers import UMT5Config, UMT5EncoderModel
 
 from streamvid.errors import UserError
@@ -19,7 +20,7 @@ from streamvid.methods import Method
 from streamvid.schedule import FewStepFlowScheduler
 from streamvid.training import student_stage
 from streamvid.training.latents import BLOCKS, Clips
-from streamvid.training.noise_coupling import COUPLED_PLACES, PLACES, coupling_directions
+from streamvid.training.noise_coupling import COUPLED_PLACES, PLACES
 from streamvid.training.student_stage import (
     COUPLED_SIGMA,
     FIRST_STEP_SHARE,
@@ -49,12 +50,6 @@ CLIPS, FIRST_BLOCKS = VALIDATION_CLIPS + 40, 13
 
 COUPLED = [list(SCENERY).index(name) for name in COUPLED_PLACES]  # columns of a clip's cells
 K = len(COUPLED)
-
-
-def projections(noise: torch.Tensor) -> torch.Tensor:
-    """Of the first block's noise on the directions of the coupling, `[B, S, K]`."""
-    directions = coupling_directions(noise.shape[2], *noise.shape[-2:])
-    return torch.einsum("bscfhw,kcfhw->bsk", noise[:, :, :, :3], directions)
 
 
 def synthetic_clips(count: int = CLIPS, seed: int = 0) -> dict[str, torch.Tensor]:
