@@ -4,7 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CORES := $(shell nproc)
+# nproc tells no more than OMP_NUM_THREADS, which is of each process.
+CORES := $(shell env -u OMP_NUM_THREADS nproc)
 # No question about newer versions of pip, no build environment of its own: works without a network
 # once everything is installed.
 INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
