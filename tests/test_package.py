@@ -188,3 +188,10 @@ def test_the_tested_set_is_pinned():
     wanted = project["dependencies"] + extras["train"] + extras["eval"] + extras["dev"]
     names = {re.split(r"[<>=\[ ]", requirement)[0].lower() for requirement in wanted} - {"streamvid"}
     assert sorted(names - {pin.split("==")[0] for pin in pins}) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("make") is None, reason="of the set-up by make")
+def test_tests_run_on_all_cores_with_one_thread_each():
+    command = ["make", "--dry-run", "test"]
+    told = subprocess.check_output(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+    assert f"--numprocesses {len(os.sched_getaffinity(0))} " in told
