@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from streamvid.context import ContextCache
 from streamvid.joint_context import JointContext
@@ -145,9 +146,6 @@ class UniPC:
     """
 
     def __init__(self, steps: Steps):
-        # here, since it brings scipy.stats, a second of every other start
-        from diffusers import UniPCMultistepScheduler
-
         self.scheduler = UniPCMultistepScheduler(
             solver_order=2,
             solver_type="bh2",
