@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from streamvid.ahead import decodes_beside_on
 from streamvid.bench import write_record
 from streamvid.costs import Configuration
 from streamvid.io.manifest import environment
@@ -34,7 +35,13 @@ def main() -> None:
     for size, method, decoder in PLAYED:
         spec = WAN_SPECS[size]
         configuration = Configuration(
-            spec, load_method(method), spec.height, spec.width, decoder=decoder, text_encoder="cpu"
+            spec,
+            load_method(method),
+            spec.height,
+            spec.width,
+            decoder=decoder,
+            text_encoder="cpu",
+            beside=decodes_beside_on(torch.device("cuda")),
         )
         plans.append(make_plan(configuration, card(DEVICE, torch.bfloat16)).to_dict())
     write_record({"command": "python -m benchmarks.plans", **environment(), "plans": plans}, OUTPUT)

@@ -40,7 +40,7 @@ class Configuration:
         decoder: exact or tiny.
         text_encoder: on the device, on the CPU beside it, or freed once the script is encoded.
         on_cpu: the device is a CPU.
-        beside: chunks are decoded in threads beside denoising (streamvid.ahead).
+        beside: chunks are decoded beside denoising (streamvid.ahead).
     """
 
     spec: ModelSpec
@@ -144,7 +144,9 @@ def count(configuration: Configuration) -> Counts:
     del copy
     memory, decode, halves = _decoding(pipe.decoder, chunk.latents, configuration.beside)
     if configuration.beside:
-        needed, needed_to_switch = (meter.peak + sum(halves) for meter in (denoise, switch))
+        # on a CPU both halves are worked on at a time, of two chunks
+        decoding = sum(halves) if configuration.on_cpu else max(halves)
+        needed, needed_to_switch = (meter.peak + decoding for meter in (denoise, switch))
         small = denoise.small_peak + decode.small_peak
     else:
         needed, needed_to_switch = max(denoise.peak, *halves), max(switch.peak, copied_bytes + max(halves))

@@ -1,11 +1,14 @@
 """Decoding beside denoising: the same chunks as one after the other, two blocks behind."""
 
+import threading
+
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from streamvid.ahead import decode_ahead
+from streamvid import ahead
+from streamvid.ahead import decode_ahead, decodes_beside
 from streamvid.chunk import Chunk
 
 SCRIPT = "a red fox walks in the snow [3s] | rain falls [2s] | # a blue cat sleeps [3s]"
@@ -124,3 +127,76 @@ def test_threads_are_shared_while_it_runs_and_given_back(monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+class FakeQueue:
+    """Of a GPU, as far as `decode_ahead` uses one: notes down what happens in which order."""
+
+    def __init__(self, seen):
+        self.seen, self.device, self.inside = seen, torch.device("cpu"), threading.local()
+
+    def __enter__(self):
+        self.inside.now = True
+
+    def __exit__(self, *_):
+        self.inside.now = False
+
+    def wait_event(self, event):
+        assert self.inside.now
+        self.seen.append(("waits for", event))
+
+    def record_event(self):
+        self.seen.append("denoised")
+        return self.seen.count("denoised")
+
+
+def test_a_gpu_decodes_in_a_queue_of_its_own_when_the_latents_are_there(monkeypatch):
+    """No GPU is needed to see who waits for what; that kernels overlap on one has not been measured."""
+    plain, blind = streams(tiny.pipeline())
+    seen: list = []
+    queue = FakeQueue(seen)
+    begin = ahead.begin_decoding
+
+    def noting(vae, latents, decoder):
+        assert queue.inside.now
+        seen.append("first half")
+        rest = begin(vae, latents, decoder)
+
+        def noting_rest():
+            assert queue.inside.now
+            seen.append("second half")
+            return rest()
+
+        return noting_rest
+
+    def own(self, device):
+        self.stream = queue
+
+    monkeypatch.setattr(ahead.DecodingQueue, "__init__", own)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: queue)
+    monkeypatch.setattr(ahead, "begin_decoding", noting)
+    chunks = list(decode_ahead(blind))
+    for one, other in zip(plain, chunks, strict=True):
+        assert np.array_equal(one.videos, other.videos)
+    work = [what for what in seen if what != "denoised"]
+    assert work[0] == ("waits for", 1)  # the decoder's memory before the first chunk
+    for index in range(len(chunks)):
+        waits = ("waits for", index + 2)
+        assert work[1 + 4 * index :][:4] == [waits, "first half", waits, "second half"]
+
+
+def test_where_decoding_runs_beside(monkeypatch):
+    pipe = tiny.pipeline()
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert decodes_beside(pipe)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert not decodes_beside(pipe)
+    assert ahead.decodes_beside_on(torch.device("cuda")) and not ahead.decodes_beside_on(torch.device("mps"))
+
+
+def test_not_where_weights_are_offloaded(monkeypatch):
+    """A hook that takes the transformer from its device for the decoder would do so in the middle of a forward."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    pipe = tiny.pipeline()
+    pipe.decoder._hf_hook = object()
+    assert not decodes_beside(pipe)
