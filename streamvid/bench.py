@@ -56,12 +56,14 @@ class Subject:
     Attributes:
         load: makes its pipeline.
         model: name by which a fresh process can load it; None: random weights.
+        compiled: whether `load` compiles the transformer's blocks.
     """
 
     configuration: Configuration
     device: torch.device
     load: Callable[[], StreamVidPipeline]
     model: str | None = None
+    compiled: bool = False
 
     def stream(
         self, pipe: StreamVidPipeline, configuration: Configuration | None = None, **options: Any
@@ -96,6 +98,7 @@ def bench(
         "warm_up": f"the first blocks, at least {WARM_UP_BLOCKS} and until the window is full, are left out of block times",
         "configuration": {
             **described(subject.configuration),
+            "compiled": subject.compiled,
             "options": asdict(subject.configuration.method),
         },
         **environment(str(device)),
@@ -382,7 +385,7 @@ def seconds_of_next(subject: Subject, stream: Iterator[Chunk]) -> float:
 FIRST_FRAME = """
 import time; began = {began!r}
 from streamvid.models import load_pipeline
-pipe = load_pipeline({model!r}, {device!r}, {dtype!r}, {decoder!r}, {weights!r}); loaded = time.time()
+pipe = load_pipeline({model!r}, {device!r}, {dtype!r}, {decoder!r}, {weights!r}, compiled={compiled!r}); loaded = time.time()
 next(pipe.stream({prompt!r})); done = time.time()
 print(done - loaded, done - began)
 """
@@ -399,6 +402,7 @@ def first_frame(subject: Subject, runs: int = 3) -> dict[str, float]:
             dtype=str(subject.configuration.dtype).removeprefix("torch."),
             decoder=subject.configuration.decoder,
             weights=subject.configuration.weights,
+            compiled=subject.compiled,
             prompt=PROMPT,
         )
         output = subprocess.run(

@@ -40,6 +40,7 @@ def generate(
     decoder: str = "exact",
     weights: str = "native",
     text_encoder: str = "device",
+    compiled: bool = False,
     crf: int | None = None,
     contact_sheet: str | Path | None = None,
     image: str | Path | None = None,
@@ -82,7 +83,7 @@ def generate(
         prepare_output_file(contact_sheet)
 
     prompts = tuple(dict.fromkeys(shot.prompt for shot in script.shots))
-    pipe = load_pipeline(model, device, dtype, decoder, weights, text_encoder, prompts)
+    pipe = load_pipeline(model, device, dtype, decoder, weights, text_encoder, prompts, compiled)
     if check_attention:
         verify(attention, pipe.transformer.device, pipe.transformer.dtype)
     beside = decodes_beside(pipe)
@@ -106,7 +107,7 @@ def generate(
         print(format_timeline(stream.timeline))
     sheet = ContactSheet(stream.fps) if contact_sheet else None
     config = {"model": model, **asdict(stream.method), "dtype": str(pipe.transformer.dtype), "noise": noise}
-    config |= {"decoder": decoder, "weights": weights}
+    config |= {"decoder": decoder, "weights": weights, "compiled": compiled}
     config |= {name: str(given) for name, given in (("image", image), ("video", video)) if given is not None}
     with ExitStack() as stack:
         writer = stack.enter_context(open_writer(output, stream.fps, **options))

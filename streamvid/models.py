@@ -120,6 +120,7 @@ def load_pipeline(
     weights: str = "native",
     text_encoder: str = "device",
     prompts: Sequence[str] = (),
+    compiled: bool = False,
 ) -> StreamVidPipeline:
     """Load a model's pipeline.
 
@@ -130,6 +131,7 @@ def load_pipeline(
         weights: of the transformer's blocks, `native` or one of `streamvid.quantization.WEIGHTS`.
         text_encoder: where it lies: on the `device`; on the `cpu` beside a GPU; or `free`: it encodes `prompts` and makes
             room before anything else is loaded, and no other prompts can be streamed.
+        compiled: the transformer's blocks, by `torch.compile`, when they are first called.
     """
     from streamvid.checkpoints import load_tokenizer, load_transformer, load_vae
     from streamvid.decoding import channels_last
@@ -173,6 +175,8 @@ def load_pipeline(
             else:
                 pipe.to(target)
             quantise(pipe.transformer, weights)
+            if compiled:
+                pipe.transformer.compile_repeated_blocks()
             return pipe
     except UserError:
         raise

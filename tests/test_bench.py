@@ -1,6 +1,7 @@
 """The measuring command: what it writes down, and that every part and option counts. No number of seconds is judged."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from streamvid import bench
 from streamvid.cli import main
 from streamvid.errors import UserError
+from streamvid.transformer import CausalWanTransformer3DModel
 
 FAST = [
     "bench",
@@ -132,9 +134,37 @@ def test_a_fresh_process_tells_the_time_to_the_first_frame(monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", lambda command, **options: called.append(command) or Done)
     subject = subject_of_diorama()
     assert bench.first_frame(subject, runs=3) == {"after_load_s": 0.25, "from_process_start_s": 3.5}
-    assert len(called) == 3
+    assert len(called) == 3 and all("compiled=False" in command[-1] for command in called)
+    bench.first_frame(replace(subject, compiled=True), runs=1)
+    assert "compiled=True" in called[-1][-1]
     compile(called[0][-1], "first frame", "exec")
     assert "'diorama', 'cpu', 'float32', 'exact', 'native'" in called[0][-1]
+
+
+def test_compiled_blocks_are_asked_for(capsys, monkeypatch):
+    """Of a model and of random weights; and a record of them is another configuration's."""
+    asked = []
+    monkeypatch.setattr(
+        CausalWanTransformer3DModel, "compile_repeated_blocks", lambda self: asked.append(len(self.blocks))
+    )
+    plain, compiled = (record(capsys, "--parts", "denoise", *more) for more in ((), ("--compile",)))
+    assert asked == [6] and "--compile" in compiled["command"]
+    assert plain["config_hash"] != compiled["config_hash"]
+    shapes = [
+        *FAST[:-6],
+        "--wan",
+        "1.3B",
+        "--layers",
+        "1",
+        "--size",
+        "32x32",
+        "--decoder",
+        "tiny",
+        "--blocks",
+        "2",
+    ]
+    assert main([*shapes, "--parts", "denoise", "--compile"]) in (0, None)
+    assert asked == [6, 1]
 
 
 def subject_of_diorama() -> bench.Subject:

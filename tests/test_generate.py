@@ -411,6 +411,6 @@ def test_options_of_memory(model, tmp_path, monkeypatch):
         raise UserError("that is enough")
 
     monkeypatch.setattr("streamvid.generate.load_pipeline", load)
-    options = ["--weights", "int8", "--text-encoder", "free", "--decoder", "tiny"]
+    options = ["--weights", "int8", "--text-encoder", "free", "--decoder", "tiny", "--compile"]
     assert main(["generate", STORY, "-o", str(tmp_path / "a.mp4"), "--model", model, *options]) == 2
-    assert given[3:] == ["tiny", "int8", "free", (FOX, SNOW)]
+    assert given[3:] == ["tiny", "int8", "free", (FOX, SNOW), True]

@@ -175,6 +175,18 @@ def test_all_parts_run_in_one_number_format(dtype, model):
     assert len(next(pipe.stream("a red fox walks")).frames) == 9
 
 
+def test_compiled_blocks(model, monkeypatch):
+    """That they compute the same is tested in tests/pipelines/test_diffusers.py."""
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__)
+    )
+    pipe = load_pipeline(str(model), "cpu", "float32")
+    assert compiled == []
+    load_pipeline(str(model), "cpu", "float32", compiled=True)
+    assert compiled == ["CausalWanBlock"] * len(pipe.transformer.blocks)
+
+
 def test_the_shipped_model_makes_the_same_video_in_bfloat16():
     """A library that computes something else on some CPU would show."""
     latents, pixels = [], []

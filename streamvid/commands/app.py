@@ -10,6 +10,13 @@ def add(commands) -> None:
     command.add_argument("--model", default="diorama", help="embedded model, folder or hub id (%(default)s)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    command.add_argument("--decoder", default="exact", help="exact, tiny, or the path of a tiny decoder")
+    command.add_argument("--weights", default="native", help="native, int8, int8_dynamic, fp8 or fp8_dynamic")
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks: the first blocks take minutes; for GPUs",
+    )
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine only)"
     )
@@ -46,7 +53,14 @@ def run(options) -> None:
     check_auth(options.auth)
     given = {field.name: getattr(options, field.name, None) for field in fields(Limits)}
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
-    pipe = load_pipeline(options.model, options.device, options.dtype)
+    pipe = load_pipeline(
+        options.model,
+        options.device,
+        options.dtype,
+        options.decoder,
+        options.weights,
+        compiled=options.compile,
+    )
     if pipe.device.type == "cpu":
         leave_a_core()
     engine = PipelineEngine(pipe, options.model, limits)

@@ -15,6 +15,11 @@ def add(commands) -> None:
     )
     command.add_argument("--blocks", type=int, default=20, help="measured after the warm-up, in every part")
     command.add_argument("--length", type=int, default=0, help="also a stream of so many blocks: is it flat?")
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks: the first blocks take minutes; for GPUs",
+    )
     command.add_argument("-o", "--output", metavar="FILE.json", help="also write it there")
     command.set_defaults(run=run)
 
@@ -38,13 +43,20 @@ def run(options) -> None:
     def load():
         if model is not None:
             return load_pipeline(
-                model, str(device), str(dtype).removeprefix("torch."), options.decoder, options.weights
+                model,
+                str(device),
+                str(dtype).removeprefix("torch."),
+                options.decoder,
+                options.weights,
+                compiled=options.compile,
             )
         pipe = configuration.spec.pipeline(device, dtype, options.decoder, (PROMPT, *NEXT_PROMPTS))
         quantise(pipe.transformer, options.weights)
+        if options.compile:
+            pipe.transformer.compile_repeated_blocks()
         return pipe
 
-    subject = Subject(configuration, device, load, model)
+    subject = Subject(configuration, device, load, model, options.compile)
     parts = PARTS if options.parts is None else tuple(options.parts.split(","))
     check(subject, parts, options.blocks, options.length)
     write_record(bench(subject, parts, options.blocks, options.length, _command(options)), options.output)
@@ -72,5 +84,6 @@ def _command(options) -> str:
         if value is not None and value not in (1, "auto", "native", "exact"):
             words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
     words += [f"--set {shlex.quote(given)}" for given in options.set]
+    words += ["--compile"] * options.compile
     words += [] if options.parts is None else [f"--parts {options.parts}"]
     return " ".join([*words, f"--blocks {options.blocks} --length {options.length}"])

@@ -50,6 +50,11 @@ def add(commands) -> None:
         help="device, cpu (beside a GPU), or free (it encodes the script and makes room for the rest)",
     )
     command.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks: the first blocks take minutes; for GPUs",
+    )
+    command.add_argument(
         "--check-attention",
         action="store_true",
         help="compare the backend with the reference here before starting",
@@ -100,6 +105,7 @@ def run(options) -> None:
         decoder=options.decoder,
         weights=options.weights,
         text_encoder=options.text_encoder,
+        compiled=options.compile,
         crf=options.crf,
         contact_sheet=sheet,
         image=options.image,

@@ -47,9 +47,13 @@ def visited(monkeypatch):
             self.should_exit = True
             thread.join()
 
+    def load(*options, **named):
+        answers["loaded"] = options, named
+        return tiny.pipeline()
+
     monkeypatch.setattr(uvicorn.Server, "run", run_and_visit)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: answers.update(threads=count))
-    monkeypatch.setattr("streamvid.models.load_pipeline", lambda *options: tiny.pipeline())
+    monkeypatch.setattr("streamvid.models.load_pipeline", load)
     monkeypatch.setattr(networking, "setup_tunnel", lambda *options: "https://abc.gradio.live")
     return answers
 
@@ -73,5 +77,8 @@ def test_a_server_starts_as_the_guide_says(line, visited, capsys):
     assert 1 <= visited["threads"] <= max(1, os.cpu_count() - 1)
     assert visited["known"].json()["model"] == "diorama"
     assert visited["address"] == ("0.0.0.0" if "--host" in words else "127.0.0.1")
+    assert visited["loaded"][0][3] == ("tiny" if "--decoder" in words else "exact")
+    assert visited["loaded"][0][4] == ("fp8_dynamic" if "--weights" in words else "native")
+    assert visited["loaded"][1] == {"compiled": "--compile" in words}
     if "--ahead-seconds" in words:
         assert visited["known"].json()["ahead_seconds"] == float(words[words.index("--ahead-seconds") + 1])
