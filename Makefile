@@ -54,6 +54,7 @@ TRAIN := $(BIN)/streamvid train configs/train
 diorama: .venv/installed-dev
 	$(TRAIN)/diorama_text.yaml
 	$(TRAIN)/diorama_vae.yaml --processes $(CORES)
+	$(TRAIN)/diorama_decoder.yaml --processes $(CORES)
 	$(TRAIN)/diorama_latents.yaml --processes $(CORES)
 	$(TRAIN)/diorama_student.yaml --processes $(CORES)
 	$(TRAIN)/diorama_assemble.yaml

@@ -33,7 +33,7 @@ class TinyDecoderStage(VaeStage):
         latent_noise: float = 0.1,
     ):
         super().__init__(
-            {}, frames, crop, batch_size, latent_noise, size_weight=0.0, start_from=vae, freeze_encoder=True
+            None, frames, crop, batch_size, latent_noise, size_weight=0.0, start_from=vae, freeze_encoder=True
         )
         self.vae.requires_grad_(False)
         config = self.vae.config

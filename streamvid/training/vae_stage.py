@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from streamvid.decoding import channels_last, decode, decoder_state, encode, encode_moments, encoder_state
+from streamvid.errors import UserError
 from streamvid.tiny_decoder import TinyDecoder
 from streamvid.training.trainer import Stage
 from streamvid.world.render import render_clip
@@ -25,7 +26,7 @@ class VaeStage(Stage):
     thousand steps), and a small penalty keeps their size.
 
     Args:
-        vae: configuration of `AutoencoderKLWan`.
+        vae: configuration of `AutoencoderKLWan`, for one that begins from nothing.
         frames: pixel frames per clip, 1 + 4 k. Long clips show the decoder its steady state.
         crop: side of the square crop in pixels.
         batch_size: clips per step and process.
@@ -37,7 +38,7 @@ class VaeStage(Stage):
 
     def __init__(
         self,
-        vae: dict[str, Any],
+        vae: dict[str, Any] | None = None,
         frames: int = 33,
         crop: int = 64,
         batch_size: int = 1,
@@ -48,6 +49,8 @@ class VaeStage(Stage):
     ):
         super().__init__()
         if start_from is None:
+            if not vae:
+                raise UserError("stage: give vae, the configuration of a new one, or start_from, a folder")
             channels = vae["z_dim"]
             self.vae = AutoencoderKLWan(
                 **vae, latents_mean=[0.0] * channels, latents_std=[1.0] * channels, scale_factor_temporal=4

@@ -36,7 +36,7 @@ def recipe(target: str, prefix: str) -> list[str]:
 
 def overrides(root: Path) -> dict[str, list[str]]:
     """Small networks, few steps, everything under `root`."""
-    runs = {name: root / name for name in ("text", "vae", "latents", "student", "diorama")}
+    runs = {name: root / name for name in ("text", "vae", "decoder", "latents", "student", "diorama")}
     encoder = "stage.encoder={d_model: 16, d_kv: 8, num_heads: 2, d_ff: 16, num_layers: 1, dropout_rate: 0.0}"
     return {
         "text": [f"trainer.output={runs['text']}", "trainer.steps=2", encoder, "stage.batch_size=8"],
@@ -44,6 +44,11 @@ def overrides(root: Path) -> dict[str, list[str]]:
             f"trainer.output={runs['vae']}",
             *("trainer.steps=2", "stage.vae.base_dim=4", "stage.vae.decoder_base_dim=4"),
             *("stage.frames=5", "stage.crop=32", "stage.batch_size=1"),
+        ],
+        "decoder": [
+            f"stage.start_from={runs['vae']}/model",
+            f"trainer.output={runs['decoder']}",
+            *("trainer.steps=2", "stage.frames=5", "stage.crop=32", "stage.batch_size=1"),
         ],
         "latents": [
             f"stage.vae={runs['vae']}/model",
@@ -64,7 +69,8 @@ def overrides(root: Path) -> dict[str, list[str]]:
             *("stage.batch_size=2", "stage.first_block_batch=4", "stage.rollout_from=1", "trainer.steps=3"),
         ],
         "assemble": [
-            *(f"stage.{name}={runs[name]}/model" for name in ("vae", "text", "student")),
+            f"stage.vae={runs['decoder']}/model",
+            *(f"stage.{name}={runs[name]}/model" for name in ("text", "student")),
             f"stage.output={runs['diorama']}",
         ],
     }

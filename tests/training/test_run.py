@@ -139,7 +139,8 @@ def test_a_bad_configuration(mistake, tmp_path):
     [
         (["stage.fox=1"], "unexpected keyword argument 'fox': choose from encoder, batch_size, word_dropout"),
         (["kind=vae"], "stage of kind vae: .* choose from vae, frames, crop"),
-        (["kind=vae", "stage={vae: {}, start_from: a/b/c}"], "stage of kind vae: .* check its folders"),
+        (["kind=vae", "stage={}"], "give vae, .* or start_from"),
+        (["kind=vae", "stage={start_from: a/b/c}"], "stage of kind vae: .* check its folders"),
         (["kind=student"], "stage of kind student: missing a required argument|unexpected keyword"),
         (["--processes", "0"], "processes = 0 must be at least 1"),
     ],

@@ -171,7 +171,7 @@ def test_a_stage_goes_on_from_a_saved_vae(tmp_path):
     saved = stage().vae
     saved.save_pretrained(tmp_path)
     torch.manual_seed(9)
-    resumed = VaeStage(vae={}, start_from=str(tmp_path)).vae
+    resumed = VaeStage(start_from=str(tmp_path)).vae
     assert laid_out(resumed)
     for name, value in saved.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
