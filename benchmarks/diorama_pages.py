@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from streamvid.evaluation import diversity, liveliness
+from streamvid.evaluation import diversity, liveliness, stage_table
 from streamvid.evaluation.stats import paired
 from streamvid.evaluation.stored import of_other_weights
+from streamvid.models import DEFAULT_MODEL
 from streamvid.world.scene import ATTRIBUTES
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -76,6 +77,25 @@ def diversity_lines() -> str:
             "",
             f"The pictures of two seeds differ by {spread['mean']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}] of what "
             f"two renders do (renders through the VAE: {control['spread']['mean']:.2f}).",
+        ]
+    )
+
+
+def stage_lines() -> str:
+    """What every stage of the published chain gains, as measured by `streamvid.evaluation.stage_table`."""
+    result = stored("stages")
+    if result is None:
+        return "What its stages gain at full size has not been measured."
+    seeds = " ".join(map(str, result["seeds"]))
+    return "\n".join(
+        [
+            f"Shares of attributes that the probe finds right, {result['prompts']} held-out prompts (`python -m "
+            f"streamvid.evaluation.stage_table configs/stages/diorama_chain.yaml --prompts {result['prompts']} --seeds "
+            f"{seeds} --processes 2 --output docs/diorama_stages.json`). `gain`: over the stage before that was measured "
+            "the same way, mean over prompts with its 95% interval.",
+            "",
+            *of_other_weights(result, DEFAULT_MODEL),
+            stage_table.table(result),
         ]
     )
 

@@ -345,6 +345,7 @@ def main() -> int:
         (ROOT / "docs/diorama.md", "bars", diorama_pages.bars_lines()),
         (ROOT / "docs/diorama.md", "motion", diorama_pages.motion_lines()),
         (ROOT / "docs/diorama.md", "diversity", diorama_pages.diversity_lines()),
+        (ROOT / "docs/diorama.md", "stages", diorama_pages.stage_lines()),
         (ROOT / "docs/methods.md", "methods", method_lines()),
         (ROOT / "docs/methods.md", "storage", storage_lines()),
         (ROOT / "docs/findings.md", "findings", findings_lines()),

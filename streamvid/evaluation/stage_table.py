@@ -36,8 +36,9 @@ from streamvid.evaluation.adherence import (
     summary,
 )
 from streamvid.evaluation.stats import by_group, paired
+from streamvid.evaluation.stored import release_of
 from streamvid.io.files import replace_atomically
-from streamvid.models import cpu_multiplies_bfloat16, embedded_models, load_pipeline
+from streamvid.models import DEFAULT_MODEL, cpu_multiplies_bfloat16, embedded_models, load_pipeline
 from streamvid.training.model_stage import options as read_options
 
 
@@ -122,7 +123,12 @@ def measure(
     write: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """All stages that are there; `write` is called with the result so far after every part."""
-    result: dict[str, Any] = {"prompts": prompts, "seeds": list(seeds), "stages": []}
+    result: dict[str, Any] = {
+        "release": release_of(DEFAULT_MODEL),
+        "prompts": prompts,
+        "seeds": list(seeds),
+        "stages": [],
+    }
     before: dict[
         str, tuple[str, np.ndarray]
     ] = {}  # part -> the latest stage that has it, and its share per prompt

@@ -63,7 +63,17 @@ def test_pages_of_the_embedded_model_say_so(name, earlier, tmp_path, monkeypatch
 def test_pages_of_motion_and_seeds_and_the_leaderboard_say_so(earlier, tmp_path, monkeypatch):
     release = "another" if earlier else release_of("diorama")
     files = {name: diorama_pages.stored(name) for name in ("motion", "two_steps", "long", "diversity")}
+    part = {"mean": 0.9, "interval": 0.01, "worst": 0.8, "all_right": 0.5}
+    gained = {"gain": {"over": "teacher", "difference": 0.05, "low": 0.04, "high": 0.06, "p": 0.01}}
+    rows = [{"name": "teacher", "start": part}, {"name": "causal", "start": {**part, **gained}}]
+    files["stages"] = {"prompts": 200, "seeds": [0, 1], "stages": rows}
     monkeypatch.setattr(diorama_pages, "stored", lambda name: {**files[name], "release": release})
+    stages = diorama_pages.stage_lines()
+    assert stages.count(EARLIER) == (1 if earlier else 0)
+    assert (
+        "--prompts 200 --seeds 0 1" in stages
+        and "| causal | 0.900 ± 0.010 | +0.050 [+0.040, +0.060] |" in stages
+    )
     assert diorama_pages.motion_lines().count(EARLIER) == (3 if earlier else 0)
     assert diorama_pages.diversity_lines().count(EARLIER) == (1 if earlier else 0)
     table = json.loads(readme.METHODS.read_text())
