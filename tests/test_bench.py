@@ -24,6 +24,10 @@ FAST = [
     "--blocks",
     "2",
 ]
+RANDOM_WEIGHTS = [
+    *FAST[:5],
+    *["--wan", "1.3B", "--layers", "1", "--size", "32x32", "--decoder", "tiny", "--blocks", "2"],
+]
 
 
 def record(capsys, *arguments: str) -> dict:
@@ -106,20 +110,7 @@ def test_parts_and_options_count(capsys):
 
 
 def test_random_weights_of_published_shapes(capsys):
-    wan = [
-        *FAST[:-6],
-        "--wan",
-        "1.3B",
-        "--layers",
-        "1",
-        "--size",
-        "32x32",
-        "--decoder",
-        "tiny",
-        "--blocks",
-        "2",
-    ]
-    assert main([*wan, "--parts", "denoise,decode"]) in (0, None)
+    assert main([*RANDOM_WEIGHTS, "--parts", "denoise,decode"]) in (0, None)
     found = json.loads(capsys.readouterr().out)
     assert found["configuration"]["model"] == "Wan2.1 1.3B with 1 layers"
     assert "first_frame" not in found and found["denoise_decode"]["fps"] > 0
@@ -150,20 +141,7 @@ def test_compiled_blocks_are_asked_for(capsys, monkeypatch):
     plain, compiled = (record(capsys, "--parts", "denoise", *more) for more in ((), ("--compile",)))
     assert asked == [6] and "--compile" in compiled["command"]
     assert plain["config_hash"] != compiled["config_hash"]
-    shapes = [
-        *FAST[:-6],
-        "--wan",
-        "1.3B",
-        "--layers",
-        "1",
-        "--size",
-        "32x32",
-        "--decoder",
-        "tiny",
-        "--blocks",
-        "2",
-    ]
-    assert main([*shapes, "--parts", "denoise", "--compile"]) in (0, None)
+    assert main([*RANDOM_WEIGHTS, "--parts", "denoise", "--compile"]) in (0, None)
     assert asked == [6, 1]
 
 

@@ -115,6 +115,16 @@ def test_options_that_take_less():
     assert freed.text_encoder == 0 < freed.encoding_alone < freed.peak == sum(freed.bytes.values())
 
 
+def test_beside_denoising_a_gpu_decodes_one_half_at_a_time_and_a_cpu_two():
+    diorama = model_spec("diorama")
+    one, gpu, cpu = (
+        count(configuration(diorama, dtype=torch.bfloat16, beside=beside, on_cpu=on_cpu))
+        for beside, on_cpu in ((False, False), (True, False), (True, True))
+    )
+    assert one.denoise.peak < one.activations
+    assert gpu.denoise.peak < gpu.activations < cpu.activations
+
+
 def test_a_large_text_encoder_is_the_peak_even_where_it_is_freed():
     wan = WAN_SPECS["1.3B"]
     counts = count(configuration(wan, dtype=torch.bfloat16, text_encoder="free", height=96, width=160))

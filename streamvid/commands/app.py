@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from streamvid.commands.common import add_compile
+
 
 def add(commands) -> None:
     command = commands.add_parser("app", help="the live studio: a page, and the same over HTTP")
@@ -12,11 +14,7 @@ def add(commands) -> None:
     command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     command.add_argument("--decoder", default="exact", help="exact, tiny, or the path of a tiny decoder")
     command.add_argument("--weights", default="native", help="native, int8, int8_dynamic, fp8 or fp8_dynamic")
-    command.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the transformer's blocks: the first blocks take minutes; for GPUs",
-    )
+    add_compile(command)
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine only)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamvid.commands.common import add_compile
 from streamvid.commands.configuration import add_configuration, configuration_of
 
 
@@ -15,11 +16,7 @@ def add(commands) -> None:
     )
     command.add_argument("--blocks", type=int, default=20, help="measured after the warm-up, in every part")
     command.add_argument("--length", type=int, default=0, help="also a stream of so many blocks: is it flat?")
-    command.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the transformer's blocks: the first blocks take minutes; for GPUs",
-    )
+    add_compile(command)
     command.add_argument("-o", "--output", metavar="FILE.json", help="also write it there")
     command.set_defaults(run=run)
 

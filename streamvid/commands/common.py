@@ -27,3 +27,12 @@ def parse_assignments(assignments: Sequence[str]) -> dict:
 def print_notes(script) -> None:
     for note in script.notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def add_compile(command) -> None:
+    """The option `--compile` of what loads a pipeline."""
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks: the first blocks take minutes; for GPUs",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamvid.commands.common import parse_assignments, print_notes
+from streamvid.commands.common import add_compile, parse_assignments, print_notes
 
 
 def add(commands) -> None:
@@ -49,11 +49,7 @@ def add(commands) -> None:
         default="device",
         help="device, cpu (beside a GPU), or free (it encodes the script and makes room for the rest)",
     )
-    command.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the transformer's blocks: the first blocks take minutes; for GPUs",
-    )
+    add_compile(command)
     command.add_argument(
         "--check-attention",
         action="store_true",
